@@ -1,0 +1,114 @@
+"""Which stages a recipe asks for, in order, and what each one reads. Pure: nothing here touches the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from nemo_rmt.config import Recipe
+from nemo_rmt.recipe_io import changed_keys, describe_change
+
+MAY_CHANGE = (
+    "name", "run_dir", "iterations", "cluster.*", "tracking.*", "parallel.*", "flywheel.keep_checkpoints",
+    "flywheel.async_save", "*.checkpoint_interval", "*.micro_batch_size", "model.logprob_chunk",
+)  # fmt: skip
+"""Keys that do not decide a run's results: another start of the same run may give them other values."""
+
+
+@dataclass(frozen=True)
+class StageRef:
+    """One stage of one turn of the flywheel."""
+
+    iteration: int
+    stage: str
+
+    def __str__(self) -> str:
+        return f"iteration {self.iteration} {self.stage}"
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage and its inputs by role: another stage of the chain, or a checkpoint folder from outside."""
+
+    ref: StageRef
+    inputs: dict[str, StageRef | Path] = field(default_factory=dict)
+    note: str = ""
+    """For people: what is special about it."""
+
+
+def plan_chain(recipe: Recipe) -> list[PlannedStage]:
+    """Every stage of every iteration in the order they run.
+
+    Iteration 0 builds the data, pre-trains (unless pretrain.checkpoint is given) and anneals uniformly,
+    because there is no RL model yet (unless remit.reference is a checkpoint). Later iterations anneal the
+    pre-training checkpoint afresh, or the last base (flywheel.start_from: previous).
+    """
+    data = StageRef(0, "data")
+    stable: StageRef | Path = StageRef(0, "pretrain")
+    chain = [PlannedStage(data)]
+    if recipe.pretrain.checkpoint is None:
+        chain.append(PlannedStage(stable, {"data": data}))
+    else:
+        stable = Path(recipe.pretrain.checkpoint).absolute()
+    for iteration in range(recipe.iterations):
+        anneal, sft, rl = (StageRef(iteration, stage) for stage in ("anneal", "sft", "rl"))
+        start = stable
+        if iteration and recipe.flywheel.start_from == "previous":
+            start = StageRef(iteration - 1, "anneal")
+        inputs: dict[str, StageRef | Path] = {"data": data, "checkpoint": start}
+        note = "uniform"
+        if recipe.anneal.objective == "remit":
+            reference = _reference(recipe, iteration)
+            if reference is None:
+                note = "uniform: no RL model yet"
+            else:
+                inputs["reference"], note = reference, "remit"
+        chain.append(PlannedStage(anneal, inputs, note))
+        chain.append(PlannedStage(sft, {"data": data, "checkpoint": anneal}))
+        chain.append(PlannedStage(rl, {"data": data, "checkpoint": sft}))
+        measured: dict[str, StageRef | Path] = {"data": data}
+        if iteration == 0 and isinstance(stable, StageRef):
+            measured["pretrain"] = stable
+        measured |= {"anneal": anneal, "sft": sft, "rl": rl}
+        chain.append(PlannedStage(StageRef(iteration, "evaluate"), measured))
+    return chain
+
+
+def _reference(recipe: Recipe, iteration: int) -> StageRef | Path | None:
+    """The RL model that weights an anneal's tokens, None when there is none yet."""
+    reference = recipe.anneal.remit.reference
+    if reference != "previous":
+        return Path(reference).absolute()
+    return StageRef(iteration - 1, "rl") if iteration else None
+
+
+def fixed_differences(a: Recipe, b: Recipe) -> list[str]:
+    """One line for each key that differs between two recipes and must not within one run."""
+    return [describe_change(*change) for change in changed_keys(a, b) if not _may_change(change[0])]
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """SHA-256 of the keys that decide a run's results, as far as they differ from the defaults.
+
+    Leaving defaults out lets a later version add keys without refusing the runs of an earlier one.
+    """
+    fixed = _without_changeable(recipe.model_dump(mode="json", exclude_defaults=True), "")
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
+def _without_changeable(value: dict[str, Any], prefix: str) -> dict[str, Any]:
+    kept = {}
+    for name, each in value.items():
+        if not _may_change(prefix + name):
+            inner = _without_changeable(each, f"{prefix}{name}.") if isinstance(each, dict) else each
+            if inner != {}:  # a section of which only changeable keys were set
+                kept[name] = inner
+    return kept
+
+
+def _may_change(key: str) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE)

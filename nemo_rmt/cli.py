@@ -1,0 +1,167 @@
+"""The command line: ``nemo-rmt COMMAND [RECIPE] [--yaml FILE]... [key=value]...``.
+
+Exit codes: 0 done, 2 wrong input (nothing was started), 1 a stage failed, 128 + n stopped by signal n.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from nemo_rmt import __version__
+from nemo_rmt.config import Recipe
+from nemo_rmt.errors import UserError
+
+FAILED = 1
+WRONG_INPUT = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are printed like every other wrong input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        args = _parse(sys.argv[1:] if argv is None else argv)
+        return args.run(args)
+    except UserError as error:
+        print(f"nemo-rmt: error: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        print(f"nemo-rmt: error: {error}: the run folder cannot be written; make room and start again", file=sys.stderr)
+        return FAILED
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="nemo-rmt", description="Reinforcement-guided mid-training on Megatron-Core.")
+    parser.add_argument("--version", action="version", version=f"nemo-rmt {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    flywheel = _command(commands, "flywheel", _flywheel, "run, or continue, every stage of a recipe")
+    flywheel.add_argument("--dry-run", action="store_true", help="print the resolved chain, check it, start nothing")
+
+    stage = _command(
+        commands, "stage", _stage, "run one stage of a recipe whose inputs are done, or a saved stage.yaml alone"
+    )
+    stage.usage = (
+        "nemo-rmt stage NAME [RECIPE] [--iteration K] [--yaml FILE]... [key=value]...\n       nemo-rmt stage STAGE.yaml"
+    )
+    stage.add_argument("--iteration", type=int, default=0, metavar="K", help="turn of the flywheel, from 0 (default)")
+
+    _command(commands, "data", _data, "build a recipe's tokenizer and token files (its data stage)")
+
+    evaluate = _command(commands, "evaluate", _evaluate, "measure an iteration's models (its evaluate stage)")
+    evaluate.add_argument(
+        "--iteration", type=int, default=None, metavar="K", help="turn of the flywheel (default: the last)"
+    )
+
+    report = _command(
+        commands, "report", _report, "write the report of a run: RUN_DIR, or the recipe it was started from"
+    )
+    report.usage = "nemo-rmt report RUN_DIR\n       nemo-rmt report [RECIPE] [--yaml FILE]... [key=value]..."
+
+    show = _command(commands, "recipes", _recipes, "list the recipes, or show one with every key's meaning")
+    show.usage = "nemo-rmt recipes list\n       nemo-rmt recipes show [RECIPE] [--yaml FILE]... [key=value]..."
+
+    args, rest = parser.parse_known_args(argv)
+    unknown = [each for each in rest if each.startswith("-")]
+    if unknown:
+        raise UserError(f"unknown option {' '.join(unknown)} (see nemo-rmt {args.command} --help)")
+    args.items += rest  # argparse leaves positionals after an option aside
+    return args
+
+
+def _command(commands: argparse._SubParsersAction, name: str, run: object, text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.add_argument("items", nargs="*", metavar="[RECIPE] key=value", help="recipe name and overrides")
+    parser.add_argument(
+        "--yaml", action="append", type=Path, default=[], metavar="FILE", help="partial recipe; repeatable"
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _recipe(args: argparse.Namespace, items: list[str]) -> Recipe:
+    """The recipe that a command's words describe: at most one name, then overrides."""
+    from nemo_rmt.recipe_io import load_recipe
+
+    names = [item for item in items if "=" not in item]
+    if len(names) > 1:
+        raise UserError(f"one recipe expected, got {', '.join(names)}; overrides have the form key=value")
+    if not names and not args.yaml:
+        raise UserError(f"name a recipe (nemo-rmt {args.command} tiny) or give --yaml FILE; see nemo-rmt recipes list")
+    return load_recipe(names[0] if names else None, args.yaml, [item for item in items if "=" in item])
+
+
+def _flywheel(args: argparse.Namespace) -> int:
+    from nemo_rmt.flywheel import run_flywheel
+
+    return run_flywheel(_recipe(args, args.items), dry_run=args.dry_run)
+
+
+def _stage(args: argparse.Namespace) -> int:
+    from nemo_rmt.flywheel import run_one_stage
+    from nemo_rmt.lone_stage import run_stage_file
+
+    if not args.items:
+        raise UserError("name a stage (nemo-rmt stage anneal tiny --iteration 1) or give a stage.yaml")
+    first, *items = args.items
+    if first.endswith((".yaml", ".yml")):
+        if items or args.yaml:
+            raise UserError(f"{first} is complete: it takes no recipe and no overrides")
+        return run_stage_file(Path(first))
+    return run_one_stage(_recipe(args, items), first, args.iteration)
+
+
+def _data(args: argparse.Namespace) -> int:
+    from nemo_rmt.flywheel import run_one_stage
+
+    return run_one_stage(_recipe(args, args.items), "data", 0)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from nemo_rmt.flywheel import run_one_stage
+
+    recipe = _recipe(args, args.items)
+    return run_one_stage(recipe, "evaluate", recipe.iterations - 1 if args.iteration is None else args.iteration)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from nemo_rmt.run_folder import RunFolder
+
+    alone = len(args.items) == 1 and not args.yaml
+    folder = Path(args.items[0]) if alone and Path(args.items[0]).is_dir() else Path(_recipe(args, args.items).run_dir)
+    run = RunFolder(folder)
+    if run.load_state() is None:
+        raise UserError(f"{folder} is not a run folder: it has no state.json")
+    from nemo_rmt.report import write_report  # plotting libraries take a second to load
+
+    write_report(run.path)
+    print(run.report_path)
+    return 0
+
+
+def _recipes(args: argparse.Namespace) -> int:
+    from nemo_rmt import recipes
+    from nemo_rmt.recipe_io import resolved_yaml
+
+    what, *items = args.items or ["list"]
+    if what == "list" and not items:
+        for name in recipes.names():
+            print(f"{name:<24}{(recipes.RECIPES[name].__doc__ or '').strip().splitlines()[0]}")
+    elif what == "show":
+        print(resolved_yaml(_recipe(args, items), comments=True), end="")
+    else:
+        raise UserError(f"recipes takes list or show, got {' '.join(args.items)}")
+    return 0

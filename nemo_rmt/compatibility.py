@@ -1,0 +1,50 @@
+"""Whether a checkpoint fits a recipe: same architecture, vocabulary and tokenizer. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemo_rmt.config import Model
+from nemo_rmt.errors import UserError
+from nemo_rmt.run_folder import CheckpointInfo, inspect_checkpoint
+
+NOT_ARCHITECTURE = {"layers", "precision", "logprob_chunk", "init_std", "max_position"}
+"""Keys of recipe.model that say how weights are computed or begun, not what they mean."""
+
+
+def architecture(model: dict[str, Any]) -> dict[str, Any]:
+    """The keys of recipe.model that two checkpoints must share; the head size is always given."""
+    full = Model(**{key: value for key, value in model.items() if key in Model.model_fields})
+    head_dim = full.head_dim or full.hidden_size // full.num_attention_heads
+    return {key: value for key, value in full.model_dump().items() if key not in NOT_ARCHITECTURE} | {
+        "head_dim": head_dim
+    }
+
+
+def require_compatible(
+    folder: Path, model: Model, vocab_size: int, tokenizer: str, key: str = "checkpoint"
+) -> CheckpointInfo:
+    """Raise UserError unless the checkpoint is complete and fits this architecture, vocabulary and tokenizer.
+
+    tokenizer: the fingerprint of the run's tokenizer. key: what the checkpoint is called in the message.
+    """
+    info = inspect_checkpoint(folder)
+    ours, theirs = architecture(model.model_dump()), architecture(info.model)
+    differing = [
+        f"model.{name} is {theirs[name]} in the checkpoint, {ours[name]} in the recipe"
+        for name in ours
+        if ours[name] != theirs[name]
+    ]
+    if differing:
+        raise UserError(f"{key} {folder} has another architecture: {'; '.join(differing)}")
+    if info.vocab_size != vocab_size:
+        raise UserError(
+            f"{key} {folder} has a vocabulary of {info.vocab_size} tokens, the run's tokenizer has {vocab_size}"
+        )
+    if info.tokenizer != tokenizer:
+        raise UserError(
+            f"{key} {folder} was trained with another tokenizer (fingerprint {info.tokenizer[:12]}, the run's is "
+            f"{tokenizer[:12]}): set tokenizer.path to the folder of the tokenizer it was trained with"
+        )
+    return info

@@ -1,0 +1,11 @@
+"""From files and generators to token batches: tokenizer, corpora, tasks with verifiers, SFT examples.
+
+Nothing here knows about Megatron or processes, and only ``batch`` imports torch: the command line's
+pre-flight reads corpora and tasks without it.
+
+- ``tokenizer``: a tokenizer folder, or a byte-level BPE trained on the corpora; conversations to tokens.
+- ``corpora``: documents of each corpus kind, split into training and held-out ones that never overlap.
+- ``tasks``: problems with verifiers, for RL and evaluation.
+- ``sft``: conversations for supervised fine-tuning, from a file or generated.
+- ``batch``: ``TokenBatch``, what every training objective and evaluation is given.
+"""

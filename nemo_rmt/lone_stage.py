@@ -1,0 +1,56 @@
+"""Running a saved stage.yaml by itself, outside any flywheel."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import yaml
+
+from nemo_rmt.errors import UserError
+from nemo_rmt.process import Interrupted, run_worker, signals_raise, worker_command, worker_environment
+from nemo_rmt.recipe_io import validate
+from nemo_rmt.run_folder import RunFolder, inspect_checkpoint
+from nemo_rmt.stages.job import StageJob
+
+
+def run_stage_file(path: Path) -> int:
+    """Run the stage that ``path`` describes in the folder it lies in; returns the exit status as run_flywheel does.
+
+    It continues from that folder's checkpoints. To run a finished stage afresh, copy its stage.yaml to a new
+    folder beside it. Raises UserError for an unreadable file or inputs that are missing.
+    """
+    folder = path.resolve().parent
+    job = _read(path)
+    for role in job.inputs:
+        source = job.input_folder(folder, role)
+        if not source.is_dir():
+            raise UserError(f"{path}: its input {role}={job.inputs[role]} is not there: {source}")
+        if role != "data":
+            inspect_checkpoint(source)
+    if (folder / "result.json").exists():
+        raise UserError(
+            f"{folder} holds this stage's result already: copy stage.yaml to a new folder beside it to run it again"
+        )
+    with RunFolder((folder / job.run_dir).resolve()).lock() as lock:
+        try:
+            with signals_raise():
+                status = run_worker(worker_command(path.resolve(), job.recipe), worker_environment(job.recipe), (lock,))
+        except Interrupted as interrupted:
+            return 128 + interrupted.signum
+    if status:
+        print(f"nemo-rmt: {path} failed with exit status {status}", file=sys.stderr)
+    return status if status in (0, 2) else 1
+
+
+def _read(path: Path) -> StageJob:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    try:
+        return validate(StageJob, values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error

@@ -1,0 +1,178 @@
+"""Distributed checkpoints: atomic, rotated, loadable at any layout, refused when they do not belong.
+
+A checkpoint is written to ``step_XXXXXXXX.tmp`` by Megatron (every rank its shards), completed by ``manifest.json``
+with a manifest of file sizes, and renamed: a folder named ``step_XXXXXXXX`` is complete. Reading metadata and finding
+the latest complete one needs no torch and lives in ``nemo_rmt.run_folder``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+from nemo_rmt.config import Model
+from nemo_rmt.errors import UserError
+from nemo_rmt.megatron.cpu import redirected, results_in_process
+from nemo_rmt.megatron.model import LogprobGPT
+from nemo_rmt.megatron.optimizer import prepare_for_loading
+from nemo_rmt.megatron.train_step import TrainedModel
+from nemo_rmt.run_folder import METADATA, inspect_checkpoint
+
+# Optimizer states that load at another tensor, pipeline or data-parallel size.
+RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+class Checkpoints:
+    """Saves one stage's training state.
+
+    Args:
+        folder: the stage's ``checkpoints`` folder.
+        keep: complete checkpoints kept.
+        asynchronous: write in a background process; ``finish`` must be called before the process ends.
+        identity: what ``manifest.json`` says besides step and manifest: stage, iteration, model, vocab_size, tokenizer.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, asynchronous: bool, identity: dict[str, Any]):
+        self.folder = folder
+        self.keep = keep
+        self.identity = identity
+        self.queue = AsyncCallsQueue(persistent=True) if asynchronous else None
+        if dist.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob("*.tmp"):
+                shutil.rmtree(leftover)
+        dist.barrier()
+
+    def save(self, step: int, model: TrainedModel, progress: dict[str, Any]) -> Path:
+        """Save weights, optimizer, schedule, RNG and ``progress`` (what the stage needs to go on: tokens seen, ...)."""
+        target = self.folder / f"step_{step:08d}"
+        draft = target.with_suffix(".tmp")
+        if self.queue is not None:
+            self.queue.maybe_finalize_async_calls(blocking=True)
+        if dist.get_rank() == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir()
+        dist.barrier()
+        state = training_state(model)
+        state["progress"] = {"step": step, **progress}
+        state["rng"] = torch.get_rng_state()
+        with redirected():
+            if self.queue is None:
+                with results_in_process():
+                    dist_checkpointing.save(state, str(draft))
+                self._complete(draft, target, step)
+            else:
+                request = dist_checkpointing.save(state, str(draft), async_sharded_save=True)
+                request.add_finalize_fn(lambda: self._complete(draft, target, step))
+                self.queue.schedule_async_request(request)
+        return target
+
+    def poll(self) -> None:
+        """Let a background save complete if it is ready; call once a step."""
+        if self.queue is not None:
+            self.queue.maybe_finalize_async_calls(blocking=False)
+
+    def finish(self) -> None:
+        """Wait for background saves and end their process."""
+        if self.queue is not None:
+            self.queue.maybe_finalize_async_calls(blocking=True)
+            self.queue.close()
+
+    def _complete(self, draft: Path, target: Path, step: int) -> None:
+        """Write the manifest, sync, rename, rotate: on rank 0, while the others wait."""
+        dist.barrier()
+        if dist.get_rank() == 0:
+            files = {str(path.relative_to(draft)): path.stat().st_size for path in sorted(draft.rglob("*")) if path.is_file()}
+            with open(draft / METADATA, "w") as file:
+                json.dump({"format": 1, "step": step, **self.identity, "files": files}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(draft, target)
+            complete = sorted(path for path in self.folder.glob("step_*") if path.suffix != ".tmp")
+            for old in complete[: -self.keep]:
+                shutil.rmtree(old)
+        dist.barrier()
+
+
+def model_state(modules: list[LogprobGPT]) -> dict[str, Any]:
+    """The sharded weights, under the keys every checkpoint uses."""
+    if len(modules) == 1:
+        return {"model": modules[0].sharded_state_dict(metadata=RESHARDABLE)}
+    return {f"model{index}": module.sharded_state_dict(metadata=RESHARDABLE) for index, module in enumerate(modules)}
+
+
+def training_state(model: TrainedModel, *, is_loading: bool = False) -> dict[str, Any]:
+    """Weights, optimizer and schedule as Megatron's sharded state dict."""
+    with redirected():
+        if is_loading:
+            prepare_for_loading(model.optimizer)
+        state = model_state(model.modules)
+        state["optimizer"] = model.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=RESHARDABLE)
+    state["scheduler"] = model.scheduler.state_dict()
+    return state
+
+
+def load_weights(folder: Path, modules: list[LogprobGPT]) -> None:
+    """Load weights into bare model chunks, whatever layout saved them."""
+    with redirected():
+        state = dist_checkpointing.load(model_state(modules), str(folder), strict="assume_ok_unexpected")
+    for index, module in enumerate(modules):
+        module.load_state_dict(state["model" if len(modules) == 1 else f"model{index}"])
+
+
+def load_training(folder: Path, model: TrainedModel, *, with_schedule: bool) -> dict[str, Any]:
+    """Load weights and optimizer, and when resuming the schedule and RNG too.
+
+    Returns the ``progress`` that was saved.
+    """
+    template = training_state(model, is_loading=True)
+    settings = [{key: group[key] for key in group if key not in ("params", "step")} for group in model.optimizer.param_groups]
+    with redirected():
+        state = dist_checkpointing.load(template, str(folder), strict="assume_ok_unexpected")
+        modules = model.modules
+        for index, module in enumerate(modules):
+            module.load_state_dict(state["model" if len(modules) == 1 else f"model{index}"])
+        model.optimizer.load_state_dict(state["optimizer"])
+    if with_schedule:
+        model.scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state["rng"])
+    else:
+        # Megatron keeps peak learning rate, decay and betas in the optimizer's groups: take this stage's, not the saved.
+        for group, ours in zip(model.optimizer.param_groups, settings, strict=True):
+            group.update(ours)
+        model.scheduler.step(0)
+    return state["progress"]
+
+
+def require_compatible(folder: Path, model: Model, vocab_size: int, tokenizer: str) -> None:
+    """Raise UserError unless the checkpoint is complete and fits this architecture, vocabulary and tokenizer."""
+    info = inspect_checkpoint(folder)
+    ours, theirs = architecture(model.model_dump()), architecture(info.model)
+    differing = [f"{key}: {theirs[key]} in the checkpoint, {ours[key]} in the recipe" for key in ours if ours[key] != theirs[key]]
+    if differing:
+        raise UserError(f"checkpoint {folder} has another architecture: model.{'; model.'.join(differing)}")
+    if info.vocab_size != vocab_size:
+        raise UserError(f"checkpoint {folder} has a vocabulary of {info.vocab_size} tokens, the tokenizer has {vocab_size}")
+    if info.tokenizer != tokenizer:
+        raise UserError(
+            f"checkpoint {folder} was trained with another tokenizer (fingerprint {info.tokenizer[:12]}, the run's is "
+            f"{tokenizer[:12]}): set tokenizer.path to the tokenizer folder it was trained with"
+        )
+
+
+# What does not change the weights' meaning: how they are computed, not what they are.
+NOT_ARCHITECTURE = {"layers", "precision", "logprob_chunk", "init_std", "max_position"}
+
+
+def architecture(model: dict[str, Any]) -> dict[str, Any]:
+    """The keys of recipe.model that two checkpoints must share."""
+    return {key: value for key, value in Model(**model).model_dump().items() if key not in NOT_ARCHITECTURE}

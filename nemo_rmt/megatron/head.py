@@ -1,0 +1,155 @@
+"""From hidden states to log-probabilities, without ever holding ``[sequence, vocabulary]`` logits.
+
+Tokens are taken in chunks; each chunk's logits live only until its log-probabilities are known, and are computed
+again in backward. The vocabulary may be sharded over tensor-parallel ranks. Every training objective sees what this
+returns, never logits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.parallel_state import get_tensor_model_parallel_group
+from megatron.core.tensor_parallel.utils import VocabUtility
+from torch import Tensor
+
+# 2**25 fp32 logits are 128 MiB: large enough for an efficient matrix product at a vocabulary of 150 k (220 tokens),
+# small against the activations of one layer.
+LOGITS_AT_ONCE = 2**25
+
+
+class TokenScores(NamedTuple):
+    """What the head returns, each ``[batch, sequence]``, float32, natural logarithms."""
+
+    logprobs: Tensor
+    """Log-probability of the label under the model at the given temperature."""
+    entropy: Tensor
+    """Entropy of the predictive distribution in nats; zeros when not asked for."""
+    hits: Tensor
+    """1 where the label is the most probable token, else 0. Carries no gradient."""
+
+
+class _ChunkedLogprob(torch.autograd.Function):
+    """Vocabulary-parallel log-softmax gathered at the labels, logits recomputed in backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, temperature, chunk, with_entropy, group, vocab_start):
+        size = labels.numel()
+        logprobs, entropy, hits, normaliser = (hidden.new_zeros(size, dtype=torch.float32) for _ in range(4))
+        for start in range(0, size, chunk):
+            part = slice(start, start + chunk)
+            logits = _logits(hidden[part], weight, temperature)
+            largest = logits.max(dim=-1).values
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+            target, _ = _target(logits, labels[part], vocab_start)
+            shifted = logits.sub_(largest[:, None])
+            exponentials = shifted.exp() if with_entropy else shifted.exp_()
+            sums = [exponentials.sum(-1), target]
+            if with_entropy:
+                sums.append(torch.linalg.vecdot(exponentials, shifted))
+            sums = torch.stack(sums)
+            dist.all_reduce(sums, group=group)
+            log_sum = sums[0].log()
+            normaliser[part] = largest + log_sum
+            logprobs[part] = sums[1] - normaliser[part]
+            hits[part] = (sums[1] >= largest).float()
+            if with_entropy:
+                entropy[part] = log_sum - sums[2] / sums[0]
+        ctx.save_for_backward(hidden, weight, labels, normaliser, entropy)
+        ctx.settings = (temperature, chunk, with_entropy, vocab_start)
+        ctx.mark_non_differentiable(hits)
+        return logprobs, entropy, hits
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy, _):
+        hidden, weight, labels, normaliser, entropy = ctx.saved_tensors
+        temperature, chunk, with_entropy, vocab_start = ctx.settings
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for start in range(0, labels.numel(), chunk):
+            part = slice(start, start + chunk)
+            log_softmax = _logits(hidden[part], weight, temperature).sub_(normaliser[part, None])
+            probabilities = log_softmax.exp()
+            factor = -grad_logprobs[part, None]
+            if with_entropy:
+                factor = factor - grad_entropy[part, None] * (log_softmax + entropy[part, None])
+            grad = probabilities.mul_(factor)
+            _, where = _target(grad, labels[part], vocab_start)
+            grad[where] += grad_logprobs[part][where[0]]
+            grad = grad.div_(temperature).to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = grad @ weight
+            if grad_weight is not None:
+                _accumulate(grad_weight, grad, hidden[part])
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """``[tokens, local vocabulary]`` float32 logits at a temperature."""
+    logits = (hidden @ weight.t()).float()
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _accumulate(grad_weight: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
+    """Add one chunk's weight gradient in float32; in place, without a second ``[vocabulary, hidden]``, in fp32."""
+    if hidden.dtype == torch.float32:
+        grad_weight.addmm_(grad_logits.t(), hidden)
+    else:
+        grad_weight.add_(grad_logits.t() @ hidden)
+
+
+def _target(values: Tensor, labels: Tensor, vocab_start: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The labels' entries of this rank's vocabulary shard (0 elsewhere), and their (row, column) indices."""
+    local = labels - vocab_start
+    rows = ((local >= 0) & (local < values.shape[-1])).nonzero(as_tuple=True)[0]
+    where = (rows, local[rows])
+    target = values.new_zeros(labels.shape)
+    target[rows] = values[where]
+    return target, where
+
+
+def token_scores(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    vocab_size: int,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    chunk: int | None = None,
+    sequence_parallel: bool = False,
+) -> TokenScores:
+    """Score every label under the model.
+
+    Args:
+        hidden: ``[sequence, batch, hidden]`` after the final norm; with sequence parallelism this rank's part of the
+            sequence.
+        weight: ``[padded vocabulary / tensor-parallel size, hidden]`` output embedding, this rank's shard.
+        labels: ``[batch, sequence]`` token ids of the whole sequence.
+        vocab_size: true vocabulary; padding rows get no probability, so that the result does not depend on padding.
+        temperature: divides the logits; use the sampling temperature to score sampled tokens.
+        with_entropy: also compute the entropy (one more buffer of a chunk's logits).
+        chunk: tokens at once; None bounds a chunk's logits to 128 MiB.
+        sequence_parallel: whether ``hidden`` is split along the sequence.
+
+    Returns:
+        TokenScores; ``logprobs`` and ``entropy`` are differentiable in ``hidden`` and ``weight``.
+    """
+    group = get_tensor_model_parallel_group()
+    if sequence_parallel:
+        hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+    else:
+        hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
+    start, end = VocabUtility.vocab_range_from_per_partition_vocab_size(weight.shape[0], group.rank(), group.size())
+    weight = weight[: max(0, min(end, vocab_size) - start)]
+    chunk = chunk or max(1, LOGITS_AT_ONCE // max(1, weight.shape[0]))
+    sequence, batch, width = hidden.shape
+    outputs = _ChunkedLogprob.apply(
+        hidden.reshape(sequence * batch, width), weight, labels.t().reshape(-1), temperature, chunk, with_entropy, group, start
+    )
+    return TokenScores(*(output.view(sequence, batch).t() for output in outputs))

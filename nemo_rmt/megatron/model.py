@@ -1,0 +1,206 @@
+"""Megatron's GPTModel from the recipe, with our attention and the log-probability head."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from nemo_rmt.config import Model, Parallel
+from nemo_rmt.errors import UserError
+from nemo_rmt.megatron.attention import MaskedAttention
+from nemo_rmt.megatron.cpu import redirected
+from nemo_rmt.megatron.head import TokenScores, token_scores
+
+# Embedding rows are padded to this, whatever the layout, so that a checkpoint fits every tensor-parallel size up to it.
+VOCAB_MULTIPLE = 128
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm that marks its weight for sequence parallelism (Megatron's WrappedTorchNorm refuses it in 0.16)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+class LogprobGPT(GPTModel):
+    """A GPTModel whose last pipeline stage returns per-token scores instead of logits."""
+
+    def __init__(self, settings: Model, config: TransformerConfig, vocab_size: int, vp_stage: int | None):
+        stage = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
+        super().__init__(
+            config,
+            layer_spec(settings, config, vp_stage),
+            vocab_size=-(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
+            max_sequence_length=settings.max_position,
+            pre_process=parallel_state.is_pipeline_first_stage(**stage),
+            post_process=parallel_state.is_pipeline_last_stage(**stage),
+            share_embeddings_and_output_weights=settings.tie_embeddings,
+            position_embedding_type="mrope",  # the one that takes arbitrary position ids
+            rotary_base=settings.rope_base,
+            vp_stage=vp_stage,
+        )
+        self.true_vocab_size = vocab_size
+        self.logprob_chunk = settings.logprob_chunk
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> Tensor | TokenScores:
+        """One forward of this pipeline stage.
+
+        Args:
+            input_ids, position_ids, labels: ``[batch, sequence]`` int64.
+            attention_mask: ``[batch, 1, sequence, keys]`` boolean, True where a query may attend; None: causal.
+            labels: next tokens; None: sample, see Returns.
+            temperature: the scores' softmax temperature.
+            with_entropy: fill ``TokenScores.entropy``.
+
+        Returns:
+            Before the last stage: hidden states ``[sequence, batch, hidden]``. On the last: TokenScores, or without
+            labels the last position's float32 logits over the true vocabulary, ``[batch, vocabulary]``.
+        """
+        decoder_input, rotary_pos_emb, *_ = self._preprocess(
+            input_ids=input_ids, position_ids=position_ids.expand(3, *position_ids.shape)
+        )
+        hidden = self.decoder(hidden_states=decoder_input, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb)
+        if not self.post_process:
+            return hidden
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        weight = self.output_layer.weight if weight is None else weight
+        if labels is None:
+            logits = gather_from_tensor_model_parallel_region(hidden[-1] @ weight.t())
+            return logits[:, : self.true_vocab_size].float()
+        return token_scores(
+            hidden,
+            weight,
+            labels,
+            vocab_size=self.true_vocab_size,
+            temperature=temperature,
+            with_entropy=with_entropy,
+            chunk=self.logprob_chunk,
+            sequence_parallel=self.config.sequence_parallel,
+        )
+
+
+def transformer_config(settings: Model, parallel: Parallel) -> TransformerConfig:
+    """Megatron's configuration of this architecture in this layout."""
+    head_dim = settings.head_dim or settings.hidden_size // settings.num_attention_heads
+    dtype, gpu = DTYPES[settings.precision], torch.cuda.is_available()
+    interleaved = parallel.virtual_pipeline is not None
+    return TransformerConfig(
+        num_layers=settings.num_layers,
+        hidden_size=settings.hidden_size,
+        num_attention_heads=settings.num_attention_heads,
+        num_query_groups=settings.num_query_groups,
+        kv_channels=head_dim,
+        ffn_hidden_size=settings.ffn_hidden_size,
+        qk_layernorm=settings.qk_norm,
+        add_qkv_bias=settings.qkv_bias,
+        layernorm_epsilon=settings.norm_epsilon,
+        init_method_std=settings.init_std,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        mrope_section=[head_dim // 2 - 2 * (head_dim // 8), head_dim // 8, head_dim // 8],
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        calculate_per_token_loss=True,
+        attention_backend=AttnBackend.auto,
+        use_cpu_initialization=not gpu,
+        # Interleaving with batched p2p trains on wrong activations on gloo, silently (Megatron-Core 0.16.1).
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        recompute_granularity="full" if parallel.recompute == "full" else None,
+        recompute_method="uniform" if parallel.recompute == "full" else None,
+        recompute_num_layers=1 if parallel.recompute == "full" else None,
+        # These need Apex or Transformer Engine, or a compiler at run time.
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+    )
+
+
+def layer_spec(settings: Model, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules | ModuleSpec:
+    """The layers of one model chunk, with our attention in every one.
+
+    Raises UserError when Transformer Engine layers are asked for and cannot run here.
+    """
+    if settings.layers == "transformer_engine":
+        require_transformer_engine()
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=settings.qk_norm)
+        spec.submodules.self_attention.submodules.core_attention = MaskedAttention
+        return spec
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=settings.qk_norm)
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = MaskedAttention
+    if settings.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
+
+
+def require_transformer_engine() -> None:
+    """Raise UserError unless a GPU and Transformer Engine are here."""
+    missing = [] if torch.cuda.is_available() else ["a CUDA GPU"]
+    if importlib.util.find_spec("transformer_engine") is None:
+        missing.append("the package transformer_engine")
+    if missing:
+        raise UserError(f"model.layers=transformer_engine needs {' and '.join(missing)}: set model.layers=local")
+
+
+def build_model(settings: Model, parallel: Parallel, vocab_size: int) -> list[LogprobGPT]:
+    """This process's model chunks (one, or virtual_pipeline of them), on its device, in its precision."""
+    config = transformer_config(settings, parallel)
+    stages = range(parallel.virtual_pipeline) if parallel.virtual_pipeline else [None]
+    with redirected():
+        chunks = [LogprobGPT(settings, config, vocab_size, stage) for stage in stages]
+        return [chunk.to(DTYPES[settings.precision]).to(torch.cuda.current_device()) for chunk in chunks]
+
+
+@contextlib.contextmanager
+def without_sequence_parallel(chunks: list[nn.Module]) -> Iterator[None]:
+    """Switch sequence parallelism off inside the block: single positions cannot be split over ranks."""
+    flags = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+    owners = [module for chunk in chunks for module in chunk.modules()] + [chunk.config for chunk in chunks]
+    switched = [(owner, flag) for owner in owners for flag in flags if getattr(owner, flag, None) is True]
+    for owner, flag in switched:
+        setattr(owner, flag, False)
+    try:
+        yield
+    finally:
+        for owner, flag in switched:
+            setattr(owner, flag, True)

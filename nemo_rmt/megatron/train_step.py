@@ -1,0 +1,194 @@
+"""One optimizer step, or one forward-only pass, at any tensor, pipeline and data-parallel layout."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from nemo_rmt.config import Model, Optim, Parallel
+from nemo_rmt.data.batch import TokenBatch
+from nemo_rmt.megatron.attention import document_mask
+from nemo_rmt.megatron.cpu import redirected
+from nemo_rmt.megatron.head import TokenScores
+from nemo_rmt.megatron.model import LogprobGPT
+from nemo_rmt.megatron.optimizer import build_optimizer, build_scheduler
+from nemo_rmt.megatron.runtime import broadcast_from_last_stage
+from nemo_rmt.objectives import LossOutput
+
+Objective = Callable[[TokenScores, TokenBatch], LossOutput]
+"""A loss over one micro-batch: pure torch on the head's scores and the batch's tensors."""
+
+
+class ScoredModel:
+    """A model that can score batches: forward only, through the pipeline, on every layout."""
+
+    def __init__(self, chunks: list[nn.Module], parallel: Parallel):
+        self.chunks = chunks
+        self.parallel = parallel
+
+    @property
+    def modules(self) -> list[LogprobGPT]:
+        """The bare model chunks, without DDP."""
+        return [chunk.module if isinstance(chunk, DistributedDataParallel) else chunk for chunk in self.chunks]
+
+    @torch.no_grad()
+    def score(
+        self, batch: TokenBatch, micro_batch_size: int, *, temperature: float = 1.0, with_entropy: bool = False
+    ) -> TokenScores | None:
+        """Score this data-parallel rank's rows.
+
+        Args:
+            batch: rows of this rank, a multiple of ``micro_batch_size``.
+            micro_batch_size: rows per forward.
+            temperature, with_entropy: see LogprobGPT.forward.
+
+        Returns:
+            TokenScores ``[rows, sequence]`` on the last pipeline stage, None on the others.
+        """
+        outputs = self._run(
+            batch.micro_batches(micro_batch_size),
+            lambda scores, micro, non_loss_data: scores,
+            temperature=temperature,
+            with_entropy=with_entropy,
+            forward_only=True,
+        )
+        if not outputs:
+            return None
+        return TokenScores(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
+
+    def _run(
+        self,
+        micro_batches: list[TokenBatch],
+        loss: Callable,
+        *,
+        temperature: float,
+        with_entropy: bool,
+        forward_only: bool,
+    ) -> list:
+        """Send micro-batches through Megatron's schedule; what ``loss`` returned on the last stage, else []."""
+
+        def forward_step(batches: Iterator[TokenBatch], model: nn.Module):
+            micro = next(batches)
+            output = model(
+                micro.tokens,
+                micro.position_ids,
+                document_mask(micro.segment_ids),
+                micro.labels,
+                temperature=temperature,
+                with_entropy=with_entropy,
+            )
+            return output, functools.partial(_on_scores, loss, micro)
+
+        chunked = self.parallel.virtual_pipeline is not None
+        with redirected():
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=[iter(micro_batches) for _ in self.chunks] if chunked else iter(micro_batches),
+                model=self.chunks if chunked else self.chunks[0],
+                num_microbatches=len(micro_batches),
+                seq_length=micro_batches[0].tokens.shape[1],
+                micro_batch_size=micro_batches[0].tokens.shape[0],
+                forward_only=forward_only,
+                collect_non_loss_data=forward_only,
+            )
+
+
+def _on_scores(loss: Callable, micro: TokenBatch, scores: TokenScores, **keywords):
+    """Adapt Megatron's one-argument loss call."""
+    return loss(scores, micro, **keywords)
+
+
+class TrainedModel(ScoredModel):
+    """A model under DDP with Megatron's optimizer and schedule.
+
+    Args:
+        chunks: bare model chunks from ``build_model``.
+        model, parallel, optim: the recipe's sections.
+        steps: length of the stage, for the schedule.
+    """
+
+    def __init__(self, chunks: list[LogprobGPT], model: Model, parallel: Parallel, optim: Optim, steps: int):
+        config = chunks[0].config
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=parallel.distributed_optimizer,
+            overlap_grad_reduce=parallel.overlap,
+            overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
+        )
+        with redirected():
+            wrapped = [
+                DistributedDataParallel(config, ddp, chunk, disable_bucketing=index > 0)
+                for index, chunk in enumerate(chunks)
+            ]
+        super().__init__(wrapped, parallel)
+        self.optimizer = build_optimizer(optim, model, parallel, wrapped)
+        self.scheduler = build_scheduler(optim, self.optimizer, steps)
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = self.optimizer.scale_loss
+        if parallel.overlap:
+            chunked = parallel.virtual_pipeline is not None
+            config.no_sync_func = [c.no_sync for c in wrapped] if chunked else wrapped[0].no_sync
+            if parallel.distributed_optimizer:
+                starts = [c.start_param_sync for c in wrapped]
+                config.param_sync_func = starts if chunked else starts[0]
+
+    def train_step(
+        self, micro_batches: list[TokenBatch], objective: Objective, *, temperature: float = 1.0, with_entropy: bool = False
+    ) -> dict[str, float | list[float]]:
+        """One optimizer step over this data-parallel rank's micro-batches (the same number on every rank).
+
+        The gradient is that of the summed loss over the summed token count of all ranks. Returns the objective's
+        metrics as means, with ``grad_norm`` and the ``lr`` used, the same on every rank. Raises FloatingPointError when
+        the loss or the gradient is not finite; the last checkpoint is then the last good state.
+        """
+
+        def loss(scores: TokenScores, micro: TokenBatch):
+            output = objective(scores, micro)
+            return output.loss_sum, output.num_tokens.to(torch.int), output.metrics
+
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = self._run(
+            micro_batches, loss, temperature=temperature, with_entropy=with_entropy, forward_only=False
+        )
+        metrics = reduce_metrics(outputs)
+        lr = get_canonical_lr_for_logging(self.optimizer.param_groups)
+        if not math.isfinite(metrics.get("loss", 0.0)):
+            raise FloatingPointError(f"the loss is {metrics['loss']} at lr {lr}")
+        with redirected():
+            succeeded, grad_norm, _ = self.optimizer.step()
+        if not succeeded or not math.isfinite(grad_norm or 0.0):
+            raise FloatingPointError(f"the gradient norm is {grad_norm} at lr {lr}")
+        self.scheduler.step(1)
+        return {**metrics, "grad_norm": float(grad_norm or 0.0), "lr": float(lr)}
+
+
+def reduce_metrics(outputs: list[dict[str, tuple[Tensor, Tensor]]]) -> dict[str, float | list[float]]:
+    """Add (sum, count) pairs over micro-batches and data-parallel ranks, divide, and share with all pipeline stages.
+
+    Args:
+        outputs: one dict per micro-batch on the last stage, empty elsewhere. Sums are 0-d, or 1-d for histograms.
+    """
+    means = {}
+    if parallel_state.is_pipeline_last_stage(ignore_virtual=True) and outputs:
+        names = sorted(outputs[0])
+        pairs = [[torch.stack([output[name][part] for output in outputs]).sum(0) for part in (0, 1)] for name in names]
+        flat = torch.cat([tensor.reshape(-1).double() for pair in pairs for tensor in pair])
+        dist.all_reduce(flat, group=parallel_state.get_data_parallel_group())
+        offset = 0
+        for name, (total, count) in zip(names, pairs, strict=True):
+            totals, counts = flat[offset : offset + total.numel()], flat[offset + total.numel()]
+            offset += total.numel() + count.numel()
+            values = (totals / counts.clamp(min=1e-12)).tolist()
+            means[name] = values if total.dim() else values[0]
+    return broadcast_from_last_stage(means)

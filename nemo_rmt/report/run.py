@@ -1,0 +1,161 @@
+"""A run folder in memory: the recipe, and what each stage of each iteration left."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_rmt.errors import UserError
+from nemo_rmt.tracking import read_metrics
+
+CHAIN = ("data", "pretrain", "anneal", "sft", "rl", "evaluate")
+TRAINING = ("pretrain", "anneal", "sft", "rl")
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One stage of one iteration.
+
+    folder: relative to the run. status: pending, running, done or failed as in state.json; "no result" for a stage
+    that is done but has no readable result.json. result: result.json, {} unless done. steps: metrics.jsonl.
+    planned_steps: of the recipe, None for data and evaluate.
+    """
+
+    iteration: int
+    name: str
+    folder: str
+    status: str = "pending"
+    result: dict[str, Any] = field(default_factory=dict)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    planned_steps: int | None = None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """result.json's metrics that are finite numbers."""
+        metrics = self.result.get("metrics") or {}
+        return {name: float(value) for name, value in metrics.items() if _is_number(value)}
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one metric, where it was logged and finite."""
+        points = [(record["step"], record[name]) for record in self.steps if _is_number(record.get(name))]
+        return [step for step, _ in points], [value for _, value in points]
+
+    @property
+    def has_remit(self) -> bool:
+        """Whether it was trained with ReMiT's weights."""
+        return any("remit/weight_mean" in record for record in self.steps)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder. recipe: flywheel.yaml, {} without it; stages: in chain order, planned ones included."""
+
+    folder: Path
+    recipe: dict[str, Any]
+    stages: list[StageRecord]
+
+    @classmethod
+    def load(cls, folder: Path) -> "Run":
+        """Read a run folder; raises UserError when there is none."""
+        if not folder.is_dir():
+            raise UserError(f"run_dir={folder} does not exist: give the folder of a run")
+        if not (folder / "flywheel.yaml").exists() and not (folder / "state.json").exists():
+            raise UserError(f"run_dir={folder} has neither flywheel.yaml nor state.json: give the folder of a run")
+        recipe = _read_yaml(folder / "flywheel.yaml")
+        states = _read_json(folder / "state.json").get("iterations") or []
+        count = max(len(states), int(recipe.get("iterations") or 0))
+        stages = []
+        for iteration in range(count):
+            state = states[iteration] if iteration < len(states) else {}
+            for name in CHAIN:
+                if name in state or name in _planned(recipe, iteration):
+                    stages.append(_load_stage(folder, recipe, iteration, name, state.get(name) or {}))
+        return cls(folder, recipe, stages)
+
+    @property
+    def name(self) -> str:
+        """The recipe's name."""
+        return str(self.recipe.get("name") or "unnamed")
+
+    @property
+    def num_iterations(self) -> int:
+        """Iterations planned or started."""
+        return 1 + max((stage.iteration for stage in self.stages), default=-1)
+
+    @cached_property
+    def status(self) -> str:
+        """failed, done, running, or unfinished (nothing is running and something is left to do)."""
+        statuses = {stage.status for stage in self.stages}
+        if statuses & {"failed", "no result"}:
+            return "failed"
+        if statuses == {"done"}:
+            return "done"
+        return "running" if "running" in statuses else "unfinished"
+
+    def stage(self, iteration: int, name: str) -> StageRecord:
+        """A stage of an iteration; an empty pending one when the run has none."""
+        for stage in self.stages:
+            if (stage.iteration, stage.name) == (iteration, name):
+                return stage
+        return StageRecord(iteration, name, _folder(iteration, name))
+
+    def setting(self, *keys: str, default: Any = None) -> Any:
+        """A value of the recipe by its path."""
+        value: Any = self.recipe
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return default if value is None else value
+
+
+def _planned(recipe: dict[str, Any], iteration: int) -> tuple[str, ...]:
+    """The stages the recipe asks of an iteration; none without a recipe."""
+    if not recipe or iteration >= int(recipe.get("iterations") or 0):
+        return ()
+    if iteration:
+        return CHAIN[2:]
+    return tuple(name for name in CHAIN if name != "pretrain" or not (recipe.get("pretrain") or {}).get("checkpoint"))
+
+
+def _load_stage(run: Path, recipe: dict[str, Any], iteration: int, name: str, state: dict[str, Any]) -> StageRecord:
+    folder = _folder(iteration, name)
+    status = str(state.get("status") or "pending")
+    # A stage that is being redone may still have the result of the time before.
+    result = _read_json(run / folder / "result.json") if status == "done" else {}
+    if status == "done" and not result:
+        status = "no result"
+    planned = (recipe.get(name) or {}).get("steps") if name in TRAINING else None
+    steps = read_metrics(run / folder / "metrics.jsonl")
+    return StageRecord(iteration, name, folder, status, result, steps, planned)
+
+
+def _folder(iteration: int, name: str) -> str:
+    return f"iteration_{iteration:03d}/{name}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, {} for a file that is absent or torn."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    return value if isinstance(value, dict) else {}

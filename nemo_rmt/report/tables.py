@@ -1,0 +1,114 @@
+"""The page's tables as strings."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+from nemo_rmt.report.run import TRAINING, Run, StageRecord
+
+MODELS = ("pretrain", "anneal", "sft", "rl")
+MODEL_NAMES = {"pretrain": "pre-trained", "anneal": "annealed", "sft": "after SFT", "rl": "after RL"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """header: one title per column; rows: cells, the first naming the row; sources: files, relative to the run."""
+
+    header: list[str]
+    rows: list[list[str]]
+    sources: list[str]
+
+
+def prefix(model: str) -> str:
+    """What evaluate puts before the metrics of a stage's model: nothing for the iteration's final one."""
+    return "" if model == "rl" else f"{model}/"
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """The header's figures."""
+    wall = sum(stage.result.get("wall_s") or 0 for stage in run.stages)
+    tokens = sum(stage.result.get("tokens") or 0 for stage in run.stages if stage.name in TRAINING)
+    done = sum(stage.status == "done" for stage in run.stages)
+    return [
+        ("wall time, all stages", duration(wall)),
+        ("tokens trained on", count(tokens)),
+        ("stages done", f"{done} of {len(run.stages)}"),
+        ("iterations", str(run.num_iterations)),
+    ]
+
+
+def stage_rows(run: Run) -> list[dict[str, str]]:
+    """One row per stage: iteration, name, status, steps, tokens, wall, speed and folder."""
+    return [
+        {
+            "iteration": str(stage.iteration),
+            "name": stage.name + (" (ReMiT)" if stage.has_remit else ""),
+            "status": stage.status,
+            "steps": _steps(stage),
+            "tokens": count(stage.result["tokens"]) if stage.result.get("tokens") else "–",
+            "wall": duration(stage.result["wall_s"]) if stage.result.get("wall_s") is not None else "–",
+            "speed": _speed(stage),
+            "folder": stage.folder,
+        }
+        for stage in run.stages
+    ]
+
+
+def tier_table(run: Run) -> Table | None:
+    """Next-token accuracy by the entropy tier of the token, per evaluated model; None without an evaluation."""
+    low, high = run.setting("evaluate", "tier_edges", default=(0.5, 1.5))
+    names = {"easy": f"easy (< {low:g} nats)", "medium": "medium", "hard": f"hard (≥ {high:g} nats)"}
+    rows, sources = [], []
+    for iteration in range(run.num_iterations):
+        stage = run.stage(iteration, "evaluate")
+        for model in MODELS:
+            cells = [_tier(stage.metrics, f"{prefix(model)}tokens/{tier}/") for tier in names]
+            if any(cell != "–" for cell in cells):
+                rows.append([f"iteration {iteration}, {MODEL_NAMES[model]}", *cells])
+                sources.append(f"{stage.folder}/result.json")
+    return Table(["model", *names.values()], rows, unique(sources)) if rows else None
+
+
+def _tier(metrics: dict[str, float], base: str) -> str:
+    if base + "accuracy" not in metrics:
+        return "–"
+    share = metrics.get(base + "share")
+    return f"{100 * metrics[base + 'accuracy']:.1f} %" + ("" if share is None else f" of {100 * share:.0f} % of tokens")
+
+
+def _steps(stage: StageRecord) -> str:
+    if stage.name not in TRAINING:
+        return "–"
+    reached = stage.steps[-1]["step"] if stage.steps else 0
+    return f"{reached:,}" if stage.planned_steps in (None, reached) else f"{reached:,} of {stage.planned_steps:,}"
+
+
+def _speed(stage: StageRecord) -> str:
+    """The median step's tokens per second; the stage's average where steps were not logged."""
+    _, speeds = stage.series("train/tokens_per_s")
+    if speeds:
+        return count(statistics.median(speeds))
+    tokens, wall = stage.result.get("tokens"), stage.result.get("wall_s")
+    return count(tokens / wall) if stage.name in TRAINING and tokens and wall else "–"
+
+
+def unique(entries: list[str]) -> list[str]:
+    """In order of first appearance."""
+    return list(dict.fromkeys(entries))
+
+
+def count(number: float) -> str:
+    """``812``, ``18.2 k``, ``1.54 M``, ``3.20 G``."""
+    for size, unit in ((1e9, "G"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number / 1e3:.1f} k" if number >= 1e3 else f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """``4 s``, ``3 min 12 s``, ``2 h 05 min``."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

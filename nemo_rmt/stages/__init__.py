@@ -1,0 +1,1 @@
+"""The stages of the flywheel: one file each, readable as the algorithm. Importing this is cheap."""

@@ -1,0 +1,152 @@
+"""Held-out measurements of every model an iteration made: text, tokens by difficulty, and the tasks."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+
+import torch
+
+from nemo_rmt.data.batch import TokenBatch
+from nemo_rmt.data.tasks import Problem, TaskFamily, guarded_score
+from nemo_rmt.megatron.checkpoint import load_weights
+from nemo_rmt.megatron.datasets import held_out_rows
+from nemo_rmt.megatron.train_step import ScoredModel
+from nemo_rmt.megatron.runtime import broadcast_from_last_stage
+from nemo_rmt.objectives import assign_tiers, mean_interval, pass_at_k, wilson_interval
+from nemo_rmt.rollout.engine import Sampling
+from nemo_rmt.rollout.in_process import InProcessEngine
+from nemo_rmt.stages.rl import response_text
+from nemo_rmt.stages.session import Session
+
+TIERS = ("easy", "medium", "hard")
+
+
+def run(session: Session) -> None:
+    """Measure each checkpoint; the last one's figures have plain names, the others their stage's as a prefix."""
+    began = time.perf_counter()
+    roles = [role for role in session.job.inputs if role != "data"]
+    metrics = json.loads((session.data_folder / "result.json").read_text())["metrics"]
+    metrics = {name: value for name, value in metrics.items() if name.endswith("/unigram_nll")}
+    tokens, model = 0, None
+    for role in roles:
+        checkpoint = session.require_input(role)
+        if model is None:
+            model = session.frozen_model(checkpoint)
+        else:
+            session.require_compatible(checkpoint)
+            load_weights(checkpoint, model.modules)
+        language, scored = evaluate_text(session, model)
+        tasks, sampled = evaluate_tasks(session, model)
+        prefix = "" if role == roles[-1] else f"{role}/"
+        metrics |= {f"{prefix}{name}": value for name, value in {**language, **tasks}.items()}
+        tokens += scored + sampled
+        if session.layout.rank == 0:
+            print(f"[{session.job.iteration}/evaluate] {role}: lm/all/nll {language['lm/all/nll']:.3f}", flush=True)
+    session.finish(metrics, checkpoint=None, wall_s=time.perf_counter() - began, tokens=tokens)
+
+
+def evaluate_text(session: Session, model: ScoredModel) -> tuple[dict[str, float], int]:
+    """Nats per held-out token of every domain, and next-token accuracy by the model's own entropy."""
+    settings, totals, scored = session.recipe.evaluate, defaultdict(float), 0
+    for corpus in session.recipe.data.corpora:
+        rows = held_out_rows(session.data_folder / corpus.name / "held_out", settings.sequence_length, settings.max_tokens)
+        batch = whole_batches(session, rows, settings.micro_batch_size)
+        scores = model.score(batch, settings.micro_batch_size, with_entropy=True)
+        sums = {}
+        if scores is not None:
+            mask = batch.loss_mask.bool()
+            sums[f"{corpus.name}/nll"] = -scores.logprobs[mask].double().sum().item()
+            sums[f"{corpus.name}/count"] = mask.sum().item()
+            tiers = assign_tiers(scores.entropy[mask], settings.tier_edges)
+            for tier, name in enumerate(TIERS):
+                sums[f"{name}/hits"] = scores.hits[mask][tiers == tier].sum().item()
+                sums[f"{name}/count"] = (tiers == tier).sum().item()
+        for name, value in session.sum_over_ranks(broadcast_from_last_stage(sums)).items():
+            totals[name] += value
+        scored += rows.numel()
+    domains = [corpus.name for corpus in session.recipe.data.corpora]
+    metrics = {f"lm/{domain}/nll": totals[f"{domain}/nll"] / totals[f"{domain}/count"] for domain in domains}
+    count = sum(totals[f"{domain}/count"] for domain in domains)
+    metrics["lm/all/nll"] = sum(totals[f"{domain}/nll"] for domain in domains) / count
+    for name in TIERS:
+        metrics[f"tokens/{name}/share"] = totals[f"{name}/count"] / count
+        if totals[f"{name}/count"]:
+            metrics[f"tokens/{name}/accuracy"] = totals[f"{name}/hits"] / totals[f"{name}/count"]
+    return metrics, scored
+
+
+def whole_batches(session: Session, rows: torch.Tensor, micro_batch_size: int) -> TokenBatch:
+    """This rank's share of the rows, the last ones repeated without loss to fill every rank's micro-batches."""
+    step = micro_batch_size * session.layout.data_size * (session.recipe.parallel.pipeline if session.recipe.parallel.virtual_pipeline else 1)
+    missing = -len(rows) % step
+    filled = torch.cat([rows, rows[:1].expand(missing, -1)]) if missing else rows
+    batch = TokenBatch.from_documents(filled, session.tokenizer.eod, session.recipe.data.document_attention)
+    batch.loss_mask[len(rows) :] = 0
+    return batch.select(list(session.shard(len(filled)))).to(session.layout.device)
+
+
+def evaluate_tasks(session: Session, model: ScoredModel) -> tuple[dict[str, float], int]:
+    """pass@1 and pass@k at temperature 1 and greedy accuracy, with 95 % intervals, of every task and split."""
+    metrics, sampled = {}, 0
+    for task in session.tasks:
+        for split in ("held_out", "longer") if task.has_longer else ("held_out",):
+            name = task.name if split == "held_out" else f"{task.name}_longer"
+            problems = list(_first(task.problems(split, session.seed("evaluate")), session.recipe.evaluate.problems))
+            figures, tokens = evaluate_problems(session, model, task, problems)
+            metrics |= {f"tasks/{name}/{key}": value for key, value in figures.items()}
+            sampled += tokens
+    return metrics, sampled
+
+
+def _first(problems, count: int):
+    """The first ``count`` of an iterator."""
+    for _, problem in zip(range(count), problems, strict=False):
+        yield problem
+
+
+def evaluate_problems(
+    session: Session, model: ScoredModel, task: TaskFamily, problems: list[Problem]
+) -> tuple[dict[str, float], int]:
+    """The figures of one task and split, and the tokens sampled."""
+    samples = session.recipe.evaluate.samples
+    tokenizer, mine = session.tokenizer, list(range(session.layout.data_rank, len(problems), session.layout.data_size))
+    prompts = [tokenizer.chat_prompt([{"role": "user", "content": problems[index].question}]) for index in mine]
+    engine = InProcessEngine(model.modules, session.recipe.rollout.batch_size)
+
+    def sample(times: int, temperature: float) -> list[list[tuple[float, int]]]:
+        """(score, length) of each response to each of this rank's problems."""
+        rollouts = engine.generate(
+            [prompt for prompt in prompts for _ in range(times)],
+            [index * times + number for index in mine for number in range(times)],
+            Sampling(
+                max_new_tokens=session.recipe.rollout.max_new_tokens,
+                stop_tokens=frozenset({tokenizer.eod}),
+                seed=session.seed("evaluate", task.name),
+                temperature=temperature,
+            ),
+        )
+        outcomes = [
+            (guarded_score(task, problems[mine[position // times]], response_text(session, rollout))[0], len(rollout.response))
+            for position, rollout in enumerate(rollouts)
+        ]
+        return [outcomes[start : start + times] for start in range(0, len(outcomes), times)]
+
+    drawn = session.gather_over_ranks(sample(samples, 1.0) if mine else [])
+    greedy = session.gather_over_ranks(sample(1, 0.0) if mine else [])
+    correct = [[score >= 1.0 for score, _ in outcomes] for outcomes in drawn]
+    share = mean_interval([sum(row) / samples for row in correct])
+    best = wilson_interval(sum(outcomes[0][0] >= 1.0 for outcomes in greedy), len(greedy))
+    lengths = [length for outcomes in drawn for _, length in outcomes]
+    figures = {
+        "pass@1": share.mean,
+        "pass@1_low": share.low,
+        "pass@1_high": share.high,
+        f"pass@{samples}": sum(pass_at_k(samples, sum(row), samples) for row in correct) / len(correct),
+        "greedy": best.mean,
+        "greedy_low": best.low,
+        "greedy_high": best.high,
+        "response_length": sum(lengths) / len(lengths),
+    }
+    return figures, sum(lengths)

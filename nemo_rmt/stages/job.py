@@ -1,0 +1,45 @@
+"""What one stage process is told, and what it leaves behind. Imports no torch: the flywheel reads it too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from nemo_rmt.config import Recipe, Section
+
+StageName = Literal["data", "pretrain", "anneal", "sft", "rl", "evaluate"]
+
+
+class StageJob(Section):
+    """The complete resolved configuration of one stage, as written to its stage.yaml."""
+
+    stage: StageName
+    """Which algorithm to run."""
+    iteration: int
+    """Turn of the flywheel, from 0."""
+    run_dir: str = "../.."
+    """The run folder, relative to the stage's folder (so that a copied run still works)."""
+    inputs: dict[str, str] = {}
+    """Folders the stage reads, by role, relative to the run folder or absolute. ``data``: the data stage's
+    folder (all but the data stage). ``checkpoint``: where training starts. ``reference``: ReMiT's RL model.
+    evaluate: ``unigram`` is not here; its roles other than ``data`` are stage names in chain order, the
+    last being the iteration's final model."""
+    recipe: Recipe
+    """The flywheel's resolved recipe."""
+
+    @classmethod
+    def load(cls, path: Path) -> "StageJob":
+        """Read a stage.yaml."""
+        return cls.model_validate(yaml.safe_load(path.read_text()))
+
+    def save(self, path: Path) -> None:
+        """Write a stage.yaml that ``python -m nemo_rmt.stages`` runs alone."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+    def input_folder(self, stage_dir: Path, role: str) -> Path | None:
+        """The folder given for a role, or None. Relative ones are resolved against the run folder."""
+        value = self.inputs.get(role)
+        return None if value is None else (stage_dir / self.run_dir / value).resolve()

@@ -1,0 +1,197 @@
+"""Reinforcement learning on verifiable tasks with GRPO, rollouts from the live weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nemo_rmt.config import GRPO
+from nemo_rmt.data.batch import TokenBatch
+from nemo_rmt.data.tasks import Problem, TaskFamily, guarded_score
+from nemo_rmt.errors import UserError
+from nemo_rmt.megatron.head import TokenScores
+from nemo_rmt.objectives import LossOutput, group_advantages, grpo_loss, standard_deviation
+from nemo_rmt.rollout.engine import Rollout, Sampling
+from nemo_rmt.rollout.in_process import InProcessEngine
+from nemo_rmt.stages.session import Session, Training
+
+
+@dataclass
+class ScoredRollouts:
+    """One step's responses on this data-parallel rank, group after group, ``[groups * G]`` each."""
+
+    rollouts: list[Rollout]
+    rewards: torch.Tensor
+    """float32 ``[groups, G]``."""
+    advantages: torch.Tensor
+    """float32 ``[groups, G]``."""
+    scoring_errors: int
+
+
+def grpo_objective(settings: GRPO):
+    """GRPO on micro-batches that carry ``advantages`` and ``rollout_logprobs``, and ``old_logprobs`` and
+    ``reference_logprobs`` where the settings need them."""
+
+    def objective(scores: TokenScores, batch: TokenBatch) -> LossOutput:
+        logprobs, extras = scores.logprobs, batch.extras
+        output = grpo_loss(
+            logprobs,
+            extras.get("old_logprobs", logprobs.detach()),
+            extras["advantages"],
+            batch.loss_mask,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            normalize=settings.normalize,
+            kl_coefficient=settings.kl_coefficient,
+            reference_logprobs=extras.get("reference_logprobs"),
+        )
+        count = batch.loss_mask.sum()
+        output.metrics["rl/entropy"] = ((scores.entropy.detach() * batch.loss_mask).sum(), count)
+        if "old_logprobs" not in extras:  # the weights are still those that sampled: any difference is an error
+            error = (logprobs.detach() - extras["rollout_logprobs"]).abs() * batch.loss_mask
+            output.metrics["rollout/logprob_error_mean"] = (error.sum(), count)
+            extras["logprob_error"] = error
+        return output
+
+    return objective
+
+
+def run(session: Session) -> None:
+    """Improve the given checkpoint on the tasks' verifier rewards."""
+    settings, grpo = session.settings, session.recipe.rl.grpo
+    if not session.tasks:
+        raise UserError("data.tasks is empty: stage rl needs at least one task with a verifier")
+    start = session.require_input("checkpoint")
+    reference = session.frozen_model(start) if grpo.kl_coefficient else None
+    training = Training(session, start, updates_per_step=grpo.updates_per_rollout)
+    engine = InProcessEngine(training.model.modules, session.recipe.rollout.batch_size)
+    objective, temperature = grpo_objective(grpo), session.recipe.rollout.temperature
+    for step in training.steps():
+        problems = draw_problems(session, step)
+        scored = sample_and_score(session, engine, problems, step)
+        batch = pack(session, scored, grpo)
+        if reference is not None:
+            attach(batch, "reference_logprobs", reference.score(batch, settings.micro_batch_size, temperature=temperature))
+        if grpo.updates_per_rollout > 1:  # strictly on-policy, the old log-probabilities are the policy's own
+            attach(batch, "old_logprobs", training.model.score(batch, settings.micro_batch_size, temperature=temperature))
+        micro_batches = batch.micro_batches(settings.micro_batch_size)
+        for _ in range(grpo.updates_per_rollout):
+            metrics = training.model.train_step(micro_batches, objective, temperature=temperature, with_entropy=True)
+        errors = [micro.extras["logprob_error"].max().item() for micro in micro_batches if "logprob_error" in micro.extras]
+        if errors:
+            metrics["rollout/logprob_error_max"] = session.max_over_ranks(max(errors))
+        rollout_metrics, tokens = summarise(session, scored)
+        training.record({**metrics, **rollout_metrics}, tokens=tokens)
+
+
+def draw_problems(session: Session, step: int) -> list[tuple[TaskFamily, Problem]]:
+    """This rank's problems of a step, one per group, the tasks in turn."""
+    groups = session.settings.global_batch_size // session.recipe.rl.grpo.samples_per_group
+    seed = session.seed("rl", session.job.iteration)
+    indices = [step * groups + index for index in session.shard(groups)]
+    tasks = [session.tasks[index % len(session.tasks)] for index in indices]
+    return [(task, task.problem("train", seed, index)) for task, index in zip(tasks, indices, strict=True)]
+
+
+def sample_and_score(
+    session: Session, engine: InProcessEngine, problems: list[tuple[TaskFamily, Problem]], step: int
+) -> ScoredRollouts:
+    """G responses to every problem, their rewards and group-relative advantages."""
+    grpo, rollout, tokenizer = session.recipe.rl.grpo, session.recipe.rollout, session.tokenizer
+    size = grpo.samples_per_group
+    prompts = [tokenizer.chat_prompt([{"role": "user", "content": problem.question}]) for _, problem in problems]
+    first = step * session.settings.global_batch_size + session.shard(session.settings.global_batch_size).start
+    rollouts = engine.generate(
+        [prompt for prompt in prompts for _ in range(size)],
+        list(range(first, first + size * len(prompts))),
+        Sampling(
+            max_new_tokens=rollout.max_new_tokens,
+            stop_tokens=frozenset({tokenizer.eod}),
+            seed=session.seed("rollout", session.job.iteration),
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+        ),
+    )
+    scores = [
+        guarded_score(*problems[index // size], response_text(session, rollout)) for index, rollout in enumerate(rollouts)
+    ]
+    rewards = torch.tensor([score for score, _ in scores]).view(-1, size)
+    return ScoredRollouts(
+        rollouts=rollouts,
+        rewards=rewards,
+        advantages=group_advantages(rewards, normalize_std=grpo.normalize_std),
+        scoring_errors=sum(errored for _, errored in scores),
+    )
+
+
+def response_text(session: Session, rollout: Rollout) -> str:
+    """The response without its stop token."""
+    return session.tokenizer.decode(rollout.response[:-1] if rollout.finished else rollout.response)
+
+
+def pack(session: Session, scored: ScoredRollouts, grpo: GRPO) -> TokenBatch:
+    """Rows of prompt and response with the loss on the response, the same number of micro-batches on every rank.
+
+    With ``drop_zero_variance`` responses of groups without a signal cost neither compute nor denominator. Rows that
+    fill up the last micro-batch carry no loss.
+    """
+    size, settings = grpo.samples_per_group, session.settings
+    kept = range(len(scored.rollouts))
+    if grpo.drop_zero_variance:
+        varied = (scored.rewards != scored.rewards[:, :1]).any(dim=1).tolist()
+        kept = [index for index in kept if varied[index // size]]
+    rows = session.max_over_ranks(-(-max(1, len(kept)) // settings.micro_batch_size)) * settings.micro_batch_size
+    examples, advantages, logprobs = [], [], []
+    for index in kept:
+        rollout = scored.rollouts[index]
+        response = [1.0] * len(rollout.response)
+        examples.append((rollout.prompt + rollout.response, [0.0] * len(rollout.prompt) + response))
+        advantages.append(float(scored.advantages.view(-1)[index]))
+        logprobs.append(rollout.logprobs)
+    filler = scored.rollouts[0].prompt + scored.rollouts[0].response
+    for _ in range(int(rows) - len(examples)):
+        examples.append((filler, [0.0] * len(filler)))
+        advantages.append(0.0)
+        logprobs.append([])
+    batch = session.padded_batch(examples, settings.sequence_length)
+    batch.extras["advantages"] = torch.tensor(advantages, device=batch.tokens.device)[:, None] * batch.loss_mask
+    sampled = torch.zeros_like(batch.loss_mask)
+    sampled[batch.loss_mask.bool()] = torch.tensor([value for row in logprobs for value in row], device=sampled.device)
+    batch.extras["rollout_logprobs"] = sampled
+    return batch
+
+
+def attach(batch: TokenBatch, name: str, scores: TokenScores | None) -> None:
+    """Keep scored log-probabilities with the batch, on the stage that has them."""
+    if scores is not None:
+        batch.extras[name] = scores.logprobs
+
+
+def summarise(session: Session, scored: ScoredRollouts) -> tuple[dict[str, float], int]:
+    """The step's rollout metrics and its tokens (prompts and responses), over all ranks."""
+    rewards, rollouts = scored.rewards, scored.rollouts
+    total = session.sum_over_ranks(
+        {
+            "responses": len(rollouts),
+            "groups": len(rewards),
+            "reward": rewards.sum().item(),
+            "reward_square": rewards.square().sum().item(),
+            "length": sum(len(rollout.response) for rollout in rollouts),
+            "prompt": sum(len(rollout.prompt) for rollout in rollouts),
+            "flat": (rewards == rewards[:, :1]).all(dim=1).sum().item(),
+            "finished": sum(rollout.finished for rollout in rollouts),
+            "errors": scored.scoring_errors,
+        }
+    )
+    count = total["responses"]
+    mean = total["reward"] / count
+    metrics = {
+        "rl/reward_mean": mean,
+        "rl/reward_std": standard_deviation(mean, total["reward_square"] / count),
+        "rl/response_length": total["length"] / count,
+        "rl/zero_variance_groups": total["flat"] / total["groups"],
+        "rl/finished": total["finished"] / count,
+        "rl/scoring_errors": total["errors"],
+    }
+    return metrics, int(total["length"] + total["prompt"])
