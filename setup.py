@@ -17,7 +17,7 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=[*find_packages(include=["nemo_rmt", "nemo_rmt.*"]), "nemo_rmt.recipes"],
     package_dir={"nemo_rmt": "nemo_rmt", "nemo_rmt.recipes": "recipes"},
-    package_data={"nemo_rmt.recipes": ["*.yaml"]},
+    package_data={"nemo_rmt.recipes": ["*.yaml"], "nemo_rmt.report": ["*.j2"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.17",

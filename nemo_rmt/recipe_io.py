@@ -291,6 +291,8 @@ def _lines(section: Section, indent: int, comments: bool) -> list[str]:
                 lines += [f"{pad}-", *_lines(entry, indent + 2, comments)]
         else:
             plain = list(value) if isinstance(value, tuple) else value
-            dumped = yaml.safe_dump({name: plain}, sort_keys=False, allow_unicode=True, width=10**6)
-            lines += [pad + line for line in dumped.splitlines()]
+            # PyYAML writes U+0085 as it is and reads it as a line break: escape what does not print
+            readable = json.dumps(plain, ensure_ascii=False).isprintable()
+            dumped = yaml.safe_dump({name: plain}, sort_keys=False, allow_unicode=readable, width=10**6)
+            lines += [pad + line for line in dumped.removesuffix("\n").split("\n")]
     return lines

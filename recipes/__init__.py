@@ -21,7 +21,7 @@ def names() -> list[str]:
 def build(name: str) -> Recipe:
     """A fresh recipe. Raises UserError for an unknown name."""
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1)
+        near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.5)
         hint = (
             f"did you mean {near[0]}?"
             if near

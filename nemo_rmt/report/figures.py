@@ -111,8 +111,8 @@ def _draw_bars(axes: Any, title: str, bars: dict[tuple[int, str], Skill], iterat
                 axes.errorbar(x, share.value, yerr=errors, color="#222b33", capsize=3, linewidth=1)
             if skill.greedy is not None:
                 label = "greedy" if first and iteration == min(key[0] for key in bars) else None
-                axes.plot(x, skill.greedy.value, "D", color="white", markeredgecolor="#222b33", markersize=5, label=label,
-                          linestyle="none", zorder=5)
+                axes.plot(x, skill.greedy.value, "D", color="white", markeredgecolor="#222b33", markersize=5,
+                          label=label, linestyle="none", zorder=5)
     axes.set_title(title)
     axes.set_xticks(range(len(models)), [MODEL_NAMES[model] for model in models])
     axes.set_ylim(0, 1.19)
@@ -151,7 +151,7 @@ def losses(run: Run) -> Figure | None:
     rate.set_xlabel("optimizer steps, stages in the order they ran")
     rate.set_ylim(bottom=0)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=False)
-    loss.margins(x=0.005)
+    loss.margins(x=0.005, y=0.12)
     return _figure(
         canvas, "Loss and learning rate",
         "Every training stage in order. Faint lines are single steps, bold ones a running mean. Bases of different "
@@ -237,7 +237,7 @@ def _curve(axes: Any, steps: list[int], values: list[float], color: str, label: 
     if not steps:
         return
     window = max(1, len(values) // 40)
-    axes.plot(*_thin(steps, values), color=color, linewidth=0.8, alpha=0.3 if window > 1 else 1)
+    axes.plot(*_thin(steps, values), color=color, linewidth=0.8 if window > 1 else 1.4, alpha=0.3 if window > 1 else 1)
     if window > 1:
         total, means = 0.0, []
         for place, value in enumerate(values):

@@ -138,15 +138,17 @@ def _rl_conclusion(verdict: str, before: Skill, before_longer: Skill | None, aft
         if before.pass_at_k is None:
             return unknown + "what several samples reached before RL was not measured."
         return unknown + (
-            f"the model now solves more than greedy decoding solved before RL, but not more than {before.k} samples did."
+            f"the model now solves more than greedy decoding solved before RL, not more than {before.k} samples did."
         )
     sharpened = "RL sharpened existing skill and did not teach new skill: "
     within = "what it now answers reliably, greedy decoding already solved before RL"
     if before_longer is None or after_longer is None:
         return sharpened + within + ". No longer problems were evaluated."
-    if difference(before_longer.pass_at_1, after_longer.pass_at_1).is_above_zero:
+    longer = difference(before_longer.pass_at_1, after_longer.pass_at_1)
+    if longer.is_above_zero:
         return sharpened + within + ", on the longer problems too."
-    return sharpened + within + ", and longer problems did not move."
+    moved = "it got worse at longer problems" if longer.is_below_zero else "longer problems did not move"
+    return f"{sharpened}{within}, and {moved}."
 
 
 def remit(run: Run, iteration: int, tasks: list[str]) -> Finding | None:

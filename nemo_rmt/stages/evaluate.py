@@ -79,9 +79,9 @@ def evaluate_text(session: Session, model: ScoredModel) -> tuple[dict[str, float
 
 def whole_batches(session: Session, rows: torch.Tensor, micro_batch_size: int) -> TokenBatch:
     """This rank's share of the rows, the last ones repeated without loss to fill every rank's micro-batches."""
-    step = micro_batch_size * session.layout.data_size * (session.recipe.parallel.pipeline if session.recipe.parallel.virtual_pipeline else 1)
-    missing = -len(rows) % step
-    filled = torch.cat([rows, rows[:1].expand(missing, -1)]) if missing else rows
+    size = session.layout.data_size
+    missing = session.whole_rows(-(-len(rows) // size), micro_batch_size) * size - len(rows)
+    filled = torch.cat([rows, rows[:1].expand(missing, -1)])
     batch = TokenBatch.from_documents(filled, session.tokenizer.eod, session.recipe.data.document_attention)
     batch.loss_mask[len(rows) :] = 0
     return batch.select(list(session.shard(len(filled)))).to(session.layout.device)

@@ -141,7 +141,7 @@ def pack(session: Session, scored: ScoredRollouts, grpo: GRPO) -> TokenBatch:
     if grpo.drop_zero_variance:
         varied = (scored.rewards != scored.rewards[:, :1]).any(dim=1).tolist()
         kept = [index for index in kept if varied[index // size]]
-    rows = session.max_over_ranks(-(-max(1, len(kept)) // settings.micro_batch_size)) * settings.micro_batch_size
+    rows = session.whole_rows(int(session.max_over_ranks(max(1, len(kept)))), settings.micro_batch_size)
     examples, advantages, logprobs = [], [], []
     for index in kept:
         rollout = scored.rollouts[index]
@@ -150,7 +150,7 @@ def pack(session: Session, scored: ScoredRollouts, grpo: GRPO) -> TokenBatch:
         advantages.append(float(scored.advantages.view(-1)[index]))
         logprobs.append(rollout.logprobs)
     filler = scored.rollouts[0].prompt + scored.rollouts[0].response
-    for _ in range(int(rows) - len(examples)):
+    for _ in range(rows - len(examples)):
         examples.append((filler, [0.0] * len(filler)))
         advantages.append(0.0)
         logprobs.append([])

@@ -65,6 +65,13 @@ class Session:
         part = size // self.layout.data_size
         return range(self.layout.data_rank * part, (self.layout.data_rank + 1) * part)
 
+    def whole_rows(self, count: int, micro_batch_size: int) -> int:
+        """``count`` rows of one rank rounded up to what its schedule takes: whole micro-batches, and with interleaving
+        a multiple of the pipeline size of them."""
+        parallel = self.recipe.parallel
+        step = micro_batch_size * (parallel.pipeline if parallel.virtual_pipeline else 1)
+        return -(-count // step) * step
+
     def training_rows(self, settings: Stage, *names: str | int) -> TrainingRows:
         """The stage's blend of corpora; ``names`` decide its order."""
         prefixes = {

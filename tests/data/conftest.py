@@ -13,7 +13,6 @@ from nemo_rmt import config
 from nemo_rmt.data import chains
 from nemo_rmt.data.tokenizer import Tokenizer, train_tokenizer
 
-
 hypothesis.settings.register_profile("any_machine", deadline=None)  # a busy machine is no wrong answer
 hypothesis.settings.load_profile("any_machine")
 

@@ -56,7 +56,8 @@ def training_steps(name, steps, iteration):
     for step in range(1, steps + 1):
         done = step / steps
         loss = {
-            "pretrain": 1.5 + 2.8 * math.exp(-6 * done), "anneal": 1.5 - 0.15 * done, "sft": 0.9 - 0.3 * done, "rl": 0.0,
+            "pretrain": 1.5 + 2.8 * math.exp(-6 * done), "anneal": 1.5 - 0.15 * done,
+            "sft": 0.9 - 0.3 * done, "rl": 0.0,
         }[name]
         record = {
             "step": step, "time": 1.76e9 + step, "train/loss": loss + noise.gauss(0, 0.06 if name != "rl" else 0.01),

@@ -1,0 +1,178 @@
+"""The commands, as a person types them: output, one-line errors and exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nemo_rmt import cli, flywheel, process
+from nemo_rmt.config import Recipe
+from nemo_rmt.recipe_io import load_recipe
+from nemo_rmt.stages.job import StageJob
+
+FAKE_STAGE = Path(__file__).with_name("fake_stage.py")
+NO_TEXT = "data.corpora=[{name: chains, kind: chains}]"
+
+
+def fake(stage_yaml: Path, recipe: Recipe) -> list[str]:
+    return [sys.executable, str(FAKE_STAGE), str(stage_yaml)]
+
+
+@pytest.fixture
+def fake_stages(monkeypatch):
+    """Commands start the stand-in for a stage."""
+    for function in (flywheel.run_flywheel, flywheel.run_one_stage):
+        monkeypatch.setitem(function.__kwdefaults__, "command", fake)
+    monkeypatch.setattr(flywheel, "_write_report", lambda run: 0)
+
+
+def nemo_rmt(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "nemo_rmt", *arguments], capture_output=True, text=True, cwd=cwd, timeout=60
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "COMMAND"),
+        (["fly"], "fly"),
+        (["flywheel"], "name a recipe"),
+        (["flywheel", "tinny"], "did you mean tiny"),
+        (["flywheel", "tiny", "small"], "one recipe expected"),
+        (["flywheel", "tiny", "--fast"], "--fast"),
+        (["flywheel", "tiny", "anneal.remti.epsilon=1"], "anneal.remit.epsilon"),
+        (["flywheel", "tiny", "iterations=many"], 'iterations="many"'),
+        (["flywheel", "tiny", "--yaml", "/does/not/exist.yaml"], "/does/not/exist.yaml"),
+        (["flywheel", "tiny", "parallel.tensor=3", "cluster.gpus_per_node=3"], "num_attention_heads"),
+        (["flywheel", "tiny", "rl.micro_batch_size=100"], "rl.global_batch_size=256"),
+        (["flywheel", "tiny", "anneal.remit.reference=null"], "remit.reference"),
+        (["flywheel", "tiny", "data.corpora.0={name: a, kind: jsonl, path: /does/not/exist}"], "/does/not/exist"),
+        (["flywheel", "tiny", "run_dir=/proc/run"], "/proc/run"),
+        (["stage"], "name a stage"),
+        (["stage", "anneal", "tiny", "--iteration", "x"], "--iteration"),
+        (["stage", "polish", "tiny", NO_TEXT], "no stage polish"),
+        (["stage", "/does/not/exist.yaml"], "/does/not/exist.yaml"),
+        (["stage", "stage.yaml", "tiny"], "takes no recipe"),
+        (["report", "/tmp"], "not a run folder"),
+        (["recipes", "drop"], "list or show"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("nemo-rmt: error: ") and captured.err.count("\n") == 1
+    assert words in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_python_m_nemo_rmt_is_the_command_and_starts_fast(tmp_path):
+    started = time.monotonic()
+    done = nemo_rmt("flywheel", "tiny", "iterations=none", cwd=tmp_path)
+    assert time.monotonic() - started < 5
+    assert done.returncode == 2
+    assert done.stderr.startswith("nemo-rmt: error: iterations") and "Traceback" not in done.stderr
+
+
+def test_the_recipes_are_listed_and_shown_as_yaml_that_loads(tmp_path, capsys):
+    assert cli.main(["recipes"]) == 0
+    assert capsys.readouterr().out.startswith("tiny ")
+    assert cli.main(["recipes", "show", "tiny", "seed=9"]) == 0
+    shown = capsys.readouterr().out
+    assert "# Peak learning rate." in shown
+    (tmp_path / "shown.yaml").write_text(shown)
+    assert load_recipe(None, [tmp_path / "shown.yaml"], []) == load_recipe("tiny", [], ["seed=9"])
+
+
+def test_overrides_may_stand_before_and_after_options(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("part.yaml").write_text("sft: {steps: 5}")
+    assert cli.main(["flywheel", "tiny", NO_TEXT, "--dry-run", "seed=9", "--yaml", "part.yaml", "rl.steps=3"]) == 0
+    out = capsys.readouterr().out
+    assert "seed: 1234 -> 9" in out and "sft.steps: 16 -> 5" in out and "rl.steps: 40 -> 3" in out
+    assert not Path("runs").exists()
+
+
+def test_a_flywheel_and_its_single_stages_share_the_run_folder(tmp_path, fake_stages, capfd):
+    recipe = ["tiny", f"run_dir={tmp_path}/run", NO_TEXT]
+    assert cli.main(["evaluate", *recipe]) == 2
+    assert not (tmp_path / "run" / "state.json").exists()
+    assert cli.main(["data", *recipe]) == 0
+    assert cli.main(["stage", "pretrain", *recipe]) == 0
+    assert cli.main(["stage", "anneal", *recipe, "--iteration", "1"]) == 2
+    assert "iteration 0 rl" in capfd.readouterr().err
+    assert cli.main(["flywheel", *recipe]) == 0
+    (tmp_path / "run" / "iteration_001" / "evaluate" / "result.json").unlink()
+    assert cli.main(["evaluate", *recipe]) == 0
+    ran = (tmp_path / "run" / "ran.txt").read_text().split()
+    assert ran[:3] == ["0/data", "0/pretrain", "0/anneal"] and ran[-2:] == ["1/evaluate", "1/evaluate"]
+    assert len(ran) == 11
+
+
+def test_a_failed_stage_is_exit_code_1(tmp_path, fake_stages, capfd):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "plan.json").write_text('{"0/data": 3}')
+    assert cli.main(["flywheel", "tiny", f"run_dir={tmp_path}/run", NO_TEXT]) == 1
+    assert "nemo-rmt: iteration 0 data failed (exit status 3)" in capfd.readouterr().err
+
+
+def test_a_saved_stage_runs_alone_in_a_folder_of_its_own(tmp_path, fake_stages, monkeypatch, capfd):
+    monkeypatch.setattr("nemo_rmt.lone_stage.worker_command", fake)
+    assert cli.main(["data", "tiny", f"run_dir={tmp_path}/run", NO_TEXT]) == 0
+    saved = tmp_path / "run" / "iteration_000" / "data" / "stage.yaml"
+    assert StageJob.load(saved).stage == "data"
+    assert cli.main(["stage", str(saved)]) == 2
+    assert "result already" in capfd.readouterr().err
+    copy = tmp_path / "run" / "iteration_000" / "again" / "stage.yaml"
+    copy.parent.mkdir()
+    copy.write_text(saved.read_text())
+    assert cli.main(["stage", str(copy)]) == 0
+    assert (copy.parent / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"stage": "polish"}, "polish"),
+        ({"inputs": {"data": "iteration_000/gone"}}, "data=iteration_000/gone"),
+        ({"x": 1}, "x"),
+    ],
+)
+def test_a_wrong_stage_file_is_exit_code_2(tmp_path, capsys, change, words):
+    job = StageJob(stage="sft", iteration=0, recipe=load_recipe("tiny", [], [])).model_dump(mode="json")
+    path = tmp_path / "run" / "iteration_000" / "sft" / "stage.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(yaml.safe_dump({**job, **change}))
+    assert cli.main(["stage", str(path)]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_one_process_needs_no_torchrun_and_several_use_it(tmp_path):
+    recipe = load_recipe("tiny", [], [])
+    assert process.worker_command(tmp_path / "s.yaml", recipe)[1:] == [
+        "-m",
+        "nemo_rmt.stages",
+        str(tmp_path / "s.yaml"),
+    ]
+    two = load_recipe("tiny", [], ["cluster.gpus_per_node=2", "parallel.tensor=2"])
+    command = process.worker_command(tmp_path / "s.yaml", two)
+    assert command[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def test_workers_get_their_share_of_the_cores_and_no_compiler_without_a_gpu(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(process.os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    two = load_recipe("tiny", [], ["cluster.gpus_per_node=2", "parallel.tensor=2"])
+    assert process.worker_environment(two)["OMP_NUM_THREADS"] == "3"
+    assert process.worker_environment(two)["TORCH_COMPILE_DISABLE"] == "1"
+    two.cluster.threads = 1
+    assert process.worker_environment(two)["OMP_NUM_THREADS"] == "1"

@@ -1,0 +1,287 @@
+"""The chain, and the state machine that runs it: what is skipped, resumed and made again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fake_checkpoint import write_checkpoint
+
+from nemo_rmt import flywheel
+from nemo_rmt.config import Recipe
+from nemo_rmt.errors import UserError
+from nemo_rmt.flywheel import StageRef, plan_chain, run_flywheel, run_one_stage
+from nemo_rmt.recipe_io import load_recipe
+from nemo_rmt.run_folder import RunFolder
+
+FAKE_STAGE = Path(__file__).with_name("fake_stage.py")
+FIRST = ["0/data", "0/pretrain", "0/anneal", "0/sft", "0/rl", "0/evaluate"]
+SECOND = ["1/anneal", "1/sft", "1/rl", "1/evaluate"]
+
+
+def fake(stage_yaml: Path, recipe: Recipe) -> list[str]:
+    return [sys.executable, str(FAKE_STAGE), str(stage_yaml)]
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch) -> Recipe:
+    """tiny without the standard library's text, in a folder of its own; the report is not this file's subject."""
+    monkeypatch.setattr(flywheel, "_write_report", lambda run: 0)
+    return load_recipe("tiny", [], [f"run_dir={tmp_path / 'run'}", "data.corpora=[{name: chains, kind: chains}]"])
+
+
+def changed(recipe: Recipe, **values: object) -> Recipe:
+    return recipe.model_copy(update=values, deep=True)
+
+
+def ran(recipe: Recipe) -> list[str]:
+    """What ran since the last call."""
+    path = Path(recipe.run_dir) / "ran.txt"
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return lines
+
+
+def faults(recipe: Recipe, **plan: object) -> None:
+    Path(recipe.run_dir).mkdir(exist_ok=True)
+    (Path(recipe.run_dir) / "plan.json").write_text(json.dumps({k.replace("_", "/"): v for k, v in plan.items()}))
+
+
+def test_iteration_0_pretrains_and_anneals_uniformly_and_later_ones_are_guided_by_the_rl_model_before():
+    chain = {str(planned.ref): planned for planned in plan_chain(load_recipe("tiny", [], ["iterations=3"]))}
+    assert [name.split()[-1] for name in chain] == [s.split("/")[1] for s in FIRST + SECOND + SECOND]
+    assert "reference" not in chain["iteration 0 anneal"].inputs
+    assert chain["iteration 2 anneal"].inputs == {
+        "data": StageRef(0, "data"),
+        "checkpoint": StageRef(0, "pretrain"),
+        "reference": StageRef(1, "rl"),
+    }
+    assert list(chain["iteration 0 evaluate"].inputs) == ["data", "pretrain", "anneal", "sft", "rl"]
+    assert list(chain["iteration 1 evaluate"].inputs) == ["data", "anneal", "sft", "rl"]
+
+
+def test_a_given_checkpoint_replaces_pretraining_and_a_given_reference_guides_iteration_0():
+    overrides = ["pretrain.checkpoint=/c", "anneal.remit.reference=/r", "iterations=1"]
+    data, anneal, *_, evaluate = plan_chain(load_recipe("tiny", [], overrides))
+    assert (data.ref.stage, anneal.ref.stage) == ("data", "anneal")
+    assert (anneal.inputs["checkpoint"], anneal.inputs["reference"]) == (Path("/c"), Path("/r"))
+    assert "pretrain" not in evaluate.inputs
+
+
+def test_start_from_previous_continues_the_last_base():
+    chain = plan_chain(load_recipe("tiny", [], ["flywheel.start_from=previous", "anneal.objective=uniform"]))
+    anneal = next(planned for planned in chain if planned.ref == StageRef(1, "anneal"))
+    assert anneal.inputs == {"data": StageRef(0, "data"), "checkpoint": StageRef(0, "anneal")}
+
+
+def test_a_run_does_every_stage_once_and_a_second_start_does_nothing(recipe, capfd):
+    assert run_flywheel(recipe, command=fake) == 0
+    assert ran(recipe) == FIRST + SECOND
+    record = RunFolder(Path(recipe.run_dir)).load_state().record(1, "anneal")
+    assert (record.status, record.attempts) == ("done", 1)
+    assert record.checkpoint == "iteration_001/anneal/checkpoints/step_00000001"
+    assert load_recipe(None, [Path(recipe.run_dir) / "flywheel.yaml"], []) == recipe
+    started = time.monotonic()
+    assert run_flywheel(recipe, command=fake) == 0
+    assert time.monotonic() - started < 2
+    assert ran(recipe) == []
+    assert "train/loss 1.5" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("deleted", "again"),
+    [
+        ("iteration_001/rl", ["1/rl", "1/evaluate"]),
+        ("iteration_000/rl", ["0/rl", "0/evaluate", *SECOND]),
+        ("iteration_000/pretrain", [*FIRST[1:], *SECOND]),
+        ("iteration_000/evaluate", ["0/evaluate"]),
+        ("iteration_000/data", FIRST + SECOND),
+    ],
+)
+def test_deleting_a_stages_folder_redoes_it_and_all_that_was_made_from_it(recipe, deleted, again):
+    run_flywheel(recipe, command=fake)
+    ran(recipe)
+    shutil.rmtree(Path(recipe.run_dir) / deleted)
+    assert run_flywheel(recipe, command=fake) == 0
+    assert ran(recipe) == again  # none says "resumed": stale folders were discarded
+    assert run_flywheel(recipe, command=fake) == 0
+    assert ran(recipe) == []
+
+
+@pytest.mark.parametrize(("fault", "status"), [(1, 1), (3, 1), (2, 2), ("no result", 1)])
+def test_a_failed_stage_stops_the_chain_and_the_next_start_resumes_it(recipe, capfd, fault, status):
+    faults(recipe, **{"0_sft": fault})
+    assert run_flywheel(recipe, command=fake) == status
+    assert ran(recipe) == FIRST[:4]
+    errors = capfd.readouterr().err
+    assert "iteration 0 sft failed" in errors and f"exit status {0 if fault == 'no result' else fault}" in errors
+    assert RunFolder(Path(recipe.run_dir)).load_state().record(0, "sft").status == "failed"
+    faults(recipe)
+    assert run_flywheel(recipe, command=fake) == 0
+    assert ran(recipe) == ["0/sft resumed", *FIRST[4:], *SECOND]
+    assert RunFolder(Path(recipe.run_dir)).load_state().record(0, "sft").attempts == 2
+
+
+def test_an_interrupted_stage_begins_afresh_when_its_input_was_made_again(recipe):
+    faults(recipe, **{"0_sft": 1})
+    run_flywheel(recipe, command=fake)
+    ran(recipe)
+    faults(recipe)
+    shutil.rmtree(Path(recipe.run_dir) / "iteration_000" / "anneal")
+    assert run_flywheel(recipe, command=fake) == 0
+    assert ran(recipe) == [*FIRST[2:], *SECOND]
+
+
+def test_a_stage_that_ended_just_before_a_kill_is_not_run_again(recipe):
+    run_flywheel(recipe, command=fake)
+    ran(recipe)
+    run = RunFolder(Path(recipe.run_dir))
+    state = run.load_state()
+    state.record(1, "evaluate").status = "running"
+    run.save_state(state)
+    assert run_flywheel(recipe, command=fake) == 0
+    assert ran(recipe) == []
+    assert run.load_state().record(1, "evaluate").status == "done"
+
+
+def test_iterations_may_grow_and_shrink_and_the_layout_may_change(recipe):
+    assert run_flywheel(changed(recipe, iterations=1), command=fake) == 0
+    assert ran(recipe) == FIRST
+    assert run_flywheel(recipe, command=fake) == 0
+    assert ran(recipe) == SECOND
+    other = changed(recipe, iterations=1)
+    other.cluster.threads, other.tracking.log_interval, other.rl.micro_batch_size = 3, 1, 32
+    assert run_flywheel(other, command=fake) == 0
+    assert ran(recipe) == []
+
+
+def test_another_recipes_run_folder_is_refused_with_the_keys_that_differ(recipe):
+    run_flywheel(changed(recipe, iterations=1), command=fake)
+    other = changed(recipe, seed=7)
+    other.anneal.steps = 3
+    with pytest.raises(UserError, match=r"another recipe.*seed: 1234 -> 7; anneal.steps: 400 -> 3"):
+        run_flywheel(other, command=fake)
+    (Path(recipe.run_dir) / "flywheel.yaml").unlink()
+    with pytest.raises(UserError, match="another recipe"):
+        run_flywheel(other, command=fake)
+
+
+def test_a_damaged_input_checkpoint_is_refused_with_the_folder_to_delete(recipe):
+    faults(recipe, **{"0_rl": 1})
+    run_flywheel(recipe, command=fake)
+    sft = Path(recipe.run_dir) / "iteration_000" / "sft"
+    (sft / "checkpoints" / "step_00000001" / "weights.distcp").write_bytes(b"")
+    with pytest.raises(UserError, match=f"truncated.*delete {sft}"):
+        run_flywheel(recipe, command=fake)
+
+
+def test_a_replaced_outside_checkpoint_redoes_what_was_made_from_it(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("nemo_rmt.preflight._check_tokenizer_and_checkpoints", lambda recipe: 512)
+    recipe.pretrain.checkpoint = str(write_checkpoint(tmp_path / "outside", recipe.model.model_dump()))
+    one = changed(recipe, iterations=1)
+    assert run_flywheel(one, command=fake) == 0
+    assert ran(recipe) == ["0/data", "0/anneal", "0/sft", "0/rl", "0/evaluate"]
+    shutil.rmtree(tmp_path / "outside")
+    write_checkpoint(tmp_path / "outside", recipe.model.model_dump(), step=41)
+    assert run_flywheel(one, command=fake) == 0
+    assert ran(recipe) == ["0/anneal", "0/sft", "0/rl", "0/evaluate"]
+
+
+def test_one_stage_runs_alone_once_its_inputs_are_done(recipe):
+    with pytest.raises(UserError, match="iteration 0 pretrain needs stages that are not done: iteration 0 data"):
+        run_one_stage(recipe, "pretrain", 0, command=fake)
+    assert run_one_stage(recipe, "data", 0, command=fake) == 0
+    assert run_one_stage(recipe, "pretrain", 0, command=fake) == 0
+    assert run_one_stage(recipe, "pretrain", 0, command=fake) == 0
+    assert ran(recipe) == FIRST[:2]
+    with pytest.raises(UserError, match="no stage pretrain in iteration 1"):
+        run_one_stage(recipe, "pretrain", 1, command=fake)
+
+
+def test_a_dry_run_prints_the_chain_and_the_changes_and_writes_nothing(recipe, capsys):
+    recipe.rl.steps = 7
+    assert run_flywheel(recipe, dry_run=True, command=fake) == 0
+    out = capsys.readouterr().out
+    assert "iteration 1 anneal (remit)" in out and "rl.steps: 40 -> 7" in out
+    assert not Path(recipe.run_dir).exists()
+
+
+def test_a_failing_report_is_told_and_counted(recipe, monkeypatch, caplog):
+    monkeypatch.undo()
+
+    def broken(path):
+        raise RuntimeError("no figures today")
+
+    module = type(sys)("nemo_rmt.report")
+    module.write_report = broken
+    monkeypatch.setitem(sys.modules, "nemo_rmt.report", module)
+    assert run_flywheel(changed(recipe, iterations=1), command=fake) == 1
+    assert "no figures today" in caplog.text and "nemo-rmt report" in caplog.text
+
+
+STARTER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from nemo_rmt import flywheel
+from nemo_rmt.recipe_io import load_recipe
+from test_flywheel import fake
+flywheel._write_report = lambda run: 0
+sys.exit(flywheel.run_flywheel(load_recipe(None, [Path(sys.argv[1])], []), command=fake))
+"""
+
+
+def start_and_hang(recipe: Recipe, tmp_path: Path) -> tuple[subprocess.Popen, int]:
+    """A flywheel in a process of its own whose pretrain stage hangs, and that worker's pid."""
+    from nemo_rmt.recipe_io import resolved_yaml
+
+    faults(recipe, **{"0_pretrain": "hang"})
+    (tmp_path / "recipe.yaml").write_text(resolved_yaml(recipe, comments=False))
+    starter = subprocess.Popen([sys.executable, "-c", STARTER, str(tmp_path / "recipe.yaml"), str(FAKE_STAGE.parent)])
+    pid = Path(recipe.run_dir) / "worker.pid"
+    deadline = time.monotonic() + 30
+    while not (pid.exists() and pid.read_text()):
+        assert time.monotonic() < deadline and starter.poll() is None
+        time.sleep(0.05)
+    return starter, int(pid.read_text())
+
+
+def gone(pid: int, within_s: float = 5.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_worker_ends_with_the_flywheel_and_the_next_start_resumes(recipe, tmp_path, signum):
+    starter, worker = start_and_hang(recipe, tmp_path)
+    starter.send_signal(signum)
+    assert starter.wait(15) == (-9 if signum == signal.SIGKILL else 128 + signum)
+    assert gone(worker)
+    status = RunFolder(Path(recipe.run_dir)).load_state().record(0, "pretrain").status
+    assert status == ("running" if signum == signal.SIGKILL else "pending")
+    ran(recipe)
+    faults(recipe)
+    assert run_flywheel(recipe, command=fake) == 0
+    assert ran(recipe) == ["0/pretrain resumed", *FIRST[2:], *SECOND]
+
+
+def test_a_killed_worker_is_a_failed_stage_with_its_signal(recipe, tmp_path):
+    starter, worker = start_and_hang(recipe, tmp_path)
+    os.kill(worker, signal.SIGKILL)
+    assert starter.wait(15) == 1
+    assert RunFolder(Path(recipe.run_dir)).load_state().record(0, "pretrain").status == "failed"

@@ -1,0 +1,165 @@
+"""Wrong input is found before anything is started, and the message says what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from fake_checkpoint import write_checkpoint
+
+from nemo_rmt import preflight, run_folder
+from nemo_rmt.config import Recipe
+from nemo_rmt.data.tokenizer import Tokenizer, train_tokenizer
+from nemo_rmt.errors import UserError
+from nemo_rmt.recipe_io import load_recipe
+from nemo_rmt.run_folder import RunFolder
+
+
+def tiny(tmp_path: Path, *overrides: str) -> Recipe:
+    """tiny without the standard library's text, in a folder of its own."""
+    return load_recipe(
+        "tiny", [], [f"run_dir={tmp_path}/run", "data.corpora=[{name: chains, kind: chains}]", *overrides]
+    )
+
+
+def check(recipe: Recipe) -> None:
+    preflight.check(recipe, RunFolder(Path(recipe.run_dir)))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    """The folder of a small trained tokenizer."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(["one and two", "two and three"], Recipe().tokenizer.model_copy(update={"vocab_size": 300}), folder)
+    return folder
+
+
+@pytest.fixture
+def matching(tmp_path, tokenizer):
+    """A function that writes a checkpoint fitting tiny and the tokenizer, but for the given changes."""
+
+    def write(**changes: object) -> Path:
+        loaded = Tokenizer.load(tokenizer)
+        fitting = {"vocab_size": loaded.vocab_size, "tokenizer": loaded.fingerprint}
+        model = changes.pop("model", tiny(tmp_path).model.model_dump())
+        return write_checkpoint(tmp_path / "given", model, **{**fitting, **changes})
+
+    return write
+
+
+def test_the_tiny_recipe_passes_and_nothing_is_written(tmp_path):
+    check(tiny(tmp_path))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.corpora=[]"], "data.corpora is empty"),
+        (["data.corpora=[{name: a, kind: folder, path: /does/not/exist}]"], "/does/not/exist"),
+        (["data.corpora.0.options.colour=1"], "colour"),
+        (["data.tasks=[]"], "data.tasks is empty"),
+        (["data.tasks.0.family=poetry"], "poetry"),
+        (["data.sft_path=/does/not/exist.jsonl"], "data.sft_path=/does/not/exist.jsonl"),
+        (["tokenizer.path=/does/not/exist"], "tokenizer.path=/does/not/exist"),
+        (["rollout.max_new_tokens=128"], "rollout.max_new_tokens=128"),
+        (["evaluate.sequence_length=1024"], "evaluate.sequence_length=1024"),
+        (["cluster.nodes=2", "parallel.pipeline=2"], "cluster.nodes=2.*set cluster.nodes=1"),
+        (["model.layers=transformer_engine"], "model.layers=transformer_engine.*set model.layers=local"),
+        (["run_dir=/proc/run"], "run_dir=/proc/run is not writable"),
+        (["pretrain.checkpoint=/c"], "pretrain.checkpoint=/c.*tokenizer.path is null"),
+        (["anneal.remit.reference=/c"], "anneal.remit.reference=/c.*tokenizer.path is null"),
+    ],
+)
+def test_wrong_input_is_refused_by_name(tmp_path, monkeypatch, overrides, message):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UserError, match=message):
+        check(tiny(tmp_path, *overrides))
+
+
+@pytest.mark.parametrize("text", ["", "\n"])
+def test_an_empty_corpus_is_refused_with_its_path(tmp_path, text):
+    (tmp_path / "empty.jsonl").write_text(text)
+    with pytest.raises(UserError, match="empty.jsonl"):
+        check(tiny(tmp_path, f"data.corpora=[{{name: a, kind: jsonl, path: {tmp_path}/empty.jsonl}}]"))
+
+
+def test_more_processes_than_gpus_are_refused_but_cpu_processes_are_not(tmp_path, monkeypatch):
+    recipe = tiny(tmp_path, "cluster.gpus_per_node=4", "parallel.tensor=2", "parallel.pipeline=2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(UserError, match=r"cluster.gpus_per_node=4, but this machine has 2 visible GPU"):
+        check(recipe)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    check(recipe)
+
+
+@pytest.mark.parametrize("key", ["pretrain.checkpoint", "anneal.remit.reference"])
+def test_a_fitting_checkpoint_passes(tmp_path, tokenizer, matching, key):
+    check(tiny(tmp_path, f"{key}={matching()}", f"tokenizer.path={tokenizer}"))
+
+
+@pytest.mark.parametrize("key", ["pretrain.checkpoint", "anneal.remit.reference"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer": "0" * 64}, "another tokenizer .fingerprint 000000000000"),
+        ({"vocab_size": 511}, "vocabulary of 511"),
+        ({"model": Recipe().model.model_dump() | {"num_layers": 6, "qk_norm": True}},
+         "model.num_layers is 6 in the checkpoint, 4 in the recipe; model.qk_norm is True"),
+        ({"files": {"weights.distcp": 2000}}, "truncated: weights.distcp has 1000 bytes instead of 2000"),
+        ({"format": 9}, "format 9"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, tokenizer, matching, key, changes, message):
+    with pytest.raises(UserError, match=message):
+        check(tiny(tmp_path, f"{key}={matching(**changes)}", f"tokenizer.path={tokenizer}"))
+
+
+def test_how_weights_are_computed_may_differ(tmp_path, tokenizer, matching):
+    model = tiny(tmp_path).model.model_dump() | {"precision": "bf16", "max_position": 128, "head_dim": 32}
+    check(tiny(tmp_path, f"pretrain.checkpoint={matching(model=model)}", f"tokenizer.path={tokenizer}"))
+
+
+def test_a_full_disk_is_refused_with_what_is_free_and_what_is_needed(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")(2**30, 2**30 - 2**20, 2**20)
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"has 1.0 MiB free, the run needs about 1\d\d\.\d MiB"):
+        check(tiny(tmp_path))
+
+
+def test_the_space_needed_follows_parameters_and_checkpoints(tmp_path):
+    recipe = tiny(tmp_path)
+    run = RunFolder(Path(recipe.run_dir))
+    m = recipe.model
+    layer = m.hidden_size * (m.hidden_size * 2 + 2 * 64) + 3 * m.hidden_size * m.ffn_hidden_size + 2 * m.hidden_size
+    assert preflight.parameter_count(recipe, 512) == 4 * layer + 512 * 128 + 128
+    once = preflight.space_needed(recipe, run, 512)
+    recipe.flywheel.keep_checkpoints = 2
+    assert preflight.space_needed(recipe, run, 512) - once == 7 * 16 * preflight.parameter_count(recipe, 512)
+
+
+def test_stage_folders_without_a_state_are_not_taken_over(tmp_path):
+    (tmp_path / "run" / "iteration_000").mkdir(parents=True)
+    with pytest.raises(UserError, match="no state.json"):
+        check(tiny(tmp_path))
+
+
+def test_corpora_are_needed_only_until_the_data_stage_is_done(tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text(json.dumps({"text": "words"}))
+    recipe = tiny(tmp_path, f"data.corpora=[{{name: a, kind: jsonl, path: {corpus}}}]")
+    check(recipe)
+    run = RunFolder(Path(recipe.run_dir))
+    state = run_folder.State(preflight.recipe_digest(recipe))
+    run.save_state(state)
+    corpus.unlink()
+    with pytest.raises(UserError, match="corpus.jsonl"):
+        check(recipe)
+    state.record(0, "data").status = "done"
+    run.save_state(state)
+    check(recipe)
+    shutil.rmtree(run.path)
