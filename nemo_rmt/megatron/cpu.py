@@ -9,6 +9,8 @@ Megatron-Core asks for CUDA in three ways, each redirected here and nowhere else
   blocks, because a function mode costs about 2 µs a call;
 * the distributed optimizer's loading code, which assumes Apex or Transformer Engine's Adam: two methods.
 
+Its fused functions are left uncompiled.
+
 With a GPU everything here is a no-op.
 """
 
@@ -46,6 +48,17 @@ class _Redirect(TorchFunctionMode):
         if func is torch.Tensor.type and isinstance(result, str):
             return result.replace("torch.", "torch.cuda.", 1)
         return result
+
+
+def without_compiler() -> contextlib.AbstractContextManager:
+    """A block in which torch.compile leaves functions as they are, to import Megatron-Core in.
+
+    It decorates small functions with torch.compile as it is imported. On a CPU that loads the compiler (seconds of every
+    process's start) and would build C++ at the first call.
+    """
+    if torch.cuda.is_available():
+        return contextlib.nullcontext()
+    return mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda decorated: decorated))
 
 
 def redirected() -> contextlib.AbstractContextManager:

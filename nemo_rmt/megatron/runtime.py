@@ -112,3 +112,25 @@ def broadcast_from_last_stage(value: object) -> object:
         group=parallel_state.get_pipeline_model_parallel_group(),
     )
     return box[0]
+
+
+def sum_over_data_parallel(values: dict[str, float]) -> dict[str, float]:
+    """Add numbers over data-parallel ranks; every model-parallel rank must hold the same."""
+    names = sorted(values)
+    flat = torch.tensor([values[name] for name in names], dtype=torch.float64, device=torch.cuda.current_device())
+    dist.all_reduce(flat, group=parallel_state.get_data_parallel_group())
+    return dict(zip(names, flat.tolist(), strict=True))
+
+
+def max_over_data_parallel(value: float) -> float:
+    """The largest of the data-parallel ranks' numbers."""
+    largest = torch.tensor(value, dtype=torch.float64, device=torch.cuda.current_device())
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
+    return largest.item()
+
+
+def gather_over_data_parallel(items: list) -> list:
+    """The data-parallel ranks' lists, joined in rank order."""
+    parts: list[list] = [[] for _ in range(parallel_state.get_data_parallel_world_size())]
+    dist.all_gather_object(parts, items, group=parallel_state.get_data_parallel_group())
+    return [item for part in parts for item in part]

@@ -12,8 +12,8 @@ from nemo_rmt.data.batch import TokenBatch
 from nemo_rmt.data.tasks import Problem, TaskFamily, guarded_score
 from nemo_rmt.megatron.checkpoint import load_weights
 from nemo_rmt.megatron.datasets import held_out_rows
+from nemo_rmt.megatron.runtime import broadcast_from_last_stage, gather_over_data_parallel, sum_over_data_parallel
 from nemo_rmt.megatron.train_step import ScoredModel
-from nemo_rmt.megatron.runtime import broadcast_from_last_stage
 from nemo_rmt.objectives import assign_tiers, mean_interval, pass_at_k, wilson_interval
 from nemo_rmt.rollout.engine import Sampling
 from nemo_rmt.rollout.in_process import InProcessEngine
@@ -63,7 +63,7 @@ def evaluate_text(session: Session, model: ScoredModel) -> tuple[dict[str, float
             for tier, name in enumerate(TIERS):
                 sums[f"{name}/hits"] = scores.hits[mask][tiers == tier].sum().item()
                 sums[f"{name}/count"] = (tiers == tier).sum().item()
-        for name, value in session.sum_over_ranks(broadcast_from_last_stage(sums)).items():
+        for name, value in sum_over_data_parallel(broadcast_from_last_stage(sums)).items():
             totals[name] += value
         scored += rows.numel()
     domains = [corpus.name for corpus in session.recipe.data.corpora]
@@ -133,8 +133,8 @@ def evaluate_problems(
         ]
         return [outcomes[start : start + times] for start in range(0, len(outcomes), times)]
 
-    drawn = session.gather_over_ranks(sample(samples, 1.0) if mine else [])
-    greedy = session.gather_over_ranks(sample(1, 0.0) if mine else [])
+    drawn = gather_over_data_parallel(sample(samples, 1.0) if mine else [])
+    greedy = gather_over_data_parallel(sample(1, 0.0) if mine else [])
     correct = [[score >= 1.0 for score, _ in outcomes] for outcomes in drawn]
     share = mean_interval([sum(row) / samples for row in correct])
     best = wilson_interval(sum(outcomes[0][0] >= 1.0 for outcomes in greedy), len(greedy))

@@ -11,6 +11,7 @@ from nemo_rmt.data.batch import TokenBatch
 from nemo_rmt.data.tasks import Problem, TaskFamily, guarded_score
 from nemo_rmt.errors import UserError
 from nemo_rmt.megatron.head import TokenScores
+from nemo_rmt.megatron.runtime import max_over_data_parallel, sum_over_data_parallel
 from nemo_rmt.objectives import LossOutput, group_advantages, grpo_loss, standard_deviation
 from nemo_rmt.rollout.engine import Rollout, Sampling
 from nemo_rmt.rollout.in_process import InProcessEngine
@@ -80,7 +81,7 @@ def run(session: Session) -> None:
             metrics = training.model.train_step(micro_batches, objective, temperature=temperature, with_entropy=True)
         errors = [micro.extras["logprob_error"].max().item() for micro in micro_batches if "logprob_error" in micro.extras]
         if errors:
-            metrics["rollout/logprob_error_max"] = session.max_over_ranks(max(errors))
+            metrics["rollout/logprob_error_max"] = max_over_data_parallel(max(errors))
         rollout_metrics, tokens = summarise(session, scored)
         training.record({**metrics, **rollout_metrics}, tokens=tokens)
 
@@ -141,7 +142,7 @@ def pack(session: Session, scored: ScoredRollouts, grpo: GRPO) -> TokenBatch:
     if grpo.drop_zero_variance:
         varied = (scored.rewards != scored.rewards[:, :1]).any(dim=1).tolist()
         kept = [index for index in kept if varied[index // size]]
-    rows = session.whole_rows(int(session.max_over_ranks(max(1, len(kept)))), settings.micro_batch_size)
+    rows = session.whole_rows(int(max_over_data_parallel(max(1, len(kept)))), settings.micro_batch_size)
     examples, advantages, logprobs = [], [], []
     for index in kept:
         rollout = scored.rollouts[index]
@@ -171,7 +172,7 @@ def attach(batch: TokenBatch, name: str, scores: TokenScores | None) -> None:
 def summarise(session: Session, scored: ScoredRollouts) -> tuple[dict[str, float], int]:
     """The step's rollout metrics and its tokens (prompts and responses), over all ranks."""
     rewards, rollouts = scored.rewards, scored.rollouts
-    total = session.sum_over_ranks(
+    total = sum_over_data_parallel(
         {
             "responses": len(rollouts),
             "groups": len(rewards),

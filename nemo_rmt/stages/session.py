@@ -6,10 +6,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
-
 from nemo_rmt.config import Recipe, Stage
 from nemo_rmt.data.batch import TokenBatch
 from nemo_rmt.data.seeds import derived_seed
@@ -109,25 +105,6 @@ class Session:
     def require_compatible(self, checkpoint: Path) -> None:
         """Raise UserError unless a checkpoint fits this run's architecture and tokenizer."""
         require_compatible(checkpoint, self.recipe.model, self.tokenizer.vocab_size, self.tokenizer.fingerprint)
-
-    def sum_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
-        """Add numbers over data-parallel ranks (every model-parallel rank holds the same)."""
-        names = sorted(values)
-        flat = torch.tensor([values[name] for name in names], dtype=torch.float64, device=self.layout.device)
-        dist.all_reduce(flat, group=parallel_state.get_data_parallel_group())
-        return dict(zip(names, flat.tolist(), strict=True))
-
-    def gather_over_ranks(self, items: list) -> list:
-        """The data-parallel ranks' lists, joined in rank order."""
-        parts: list[list] = [[] for _ in range(self.layout.data_size)]
-        dist.all_gather_object(parts, items, group=parallel_state.get_data_parallel_group())
-        return [item for part in parts for item in part]
-
-    def max_over_ranks(self, value: float) -> float:
-        """The largest of the data-parallel ranks' numbers."""
-        largest = torch.tensor(value, dtype=torch.float64, device=self.layout.device)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
-        return largest.item()
 
     def finish(self, metrics: dict[str, float], *, checkpoint: Path | None, wall_s: float, tokens: int) -> None:
         """Write result.json: the stage is done."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nemo_rmt.data.batch import TokenBatch
 from nemo_rmt.data.sft import SFTExamples
+from nemo_rmt.megatron.runtime import sum_over_data_parallel
 from nemo_rmt.stages.pretrain import next_token
 from nemo_rmt.stages.session import Session, Training
 
@@ -20,5 +21,5 @@ def run(session: Session) -> None:
         ]
         batch = session.padded_batch(rows, settings.sequence_length)
         metrics = training.model.train_step(batch.micro_batches(settings.micro_batch_size), next_token)
-        tokens = session.sum_over_ranks({"tokens": sum(len(tokens) for tokens, _ in rows)})["tokens"]
+        tokens = sum_over_data_parallel({"tokens": sum(len(tokens) for tokens, _ in rows)})["tokens"]
         training.record(metrics, tokens=int(tokens))
