@@ -16,7 +16,7 @@ from nemo_rmt.recipe_io import recipe_differences
 from nemo_rmt.run_folder import RunFolder, StageRecord
 
 HEADLINES = {
-    "data": ("tokens", "*/train_tokens", "lm/all/unigram_nll"),
+    "data": ("data/*/train_tokens", "lm/all/unigram_nll"),
     "pretrain": ("train/loss",),
     "anneal": ("train/loss", "remit/weight_std"),
     "sft": ("train/loss",),
@@ -35,7 +35,7 @@ def print_chain(recipe: Recipe, run: RunFolder) -> None:
         stage = getattr(recipe, ref.stage, None)
         trains = hasattr(stage, "steps")
         record = state.record(ref.iteration, ref.stage) if state else StageRecord()
-        reads = ", ".join(f"{role}: {_source(source)}" for role, source in planned.inputs.items())
+        reads = ", ".join(f"{role}: {source}" for role, source in planned.inputs.items())
         table.add_row(
             str(ref) + (f" ({planned.note})" if planned.note else ""),
             record.status,
@@ -88,10 +88,6 @@ def _headlines(ref: StageRef, metrics: dict[str, Any]) -> str:
             if same_depth and fnmatchcase(key, pattern) and isinstance(value, (int, float)):
                 shown.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
     return "\n".join(shown)
-
-
-def _source(source: StageRef | Path) -> str:
-    return str(source)
 
 
 def _console() -> Console:

@@ -18,13 +18,11 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-from nemo_rmt.config import Model
-from nemo_rmt.errors import UserError
 from nemo_rmt.megatron.cpu import redirected, results_in_process
 from nemo_rmt.megatron.model import LogprobGPT
 from nemo_rmt.megatron.optimizer import prepare_for_loading
 from nemo_rmt.megatron.train_step import TrainedModel
-from nemo_rmt.run_folder import METADATA, inspect_checkpoint
+from nemo_rmt.run_folder import METADATA
 
 # Optimizer states that load at another tensor, pipeline or data-parallel size.
 RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -151,28 +149,3 @@ def load_training(folder: Path, model: TrainedModel, *, with_schedule: bool) -> 
             group.update(ours)
         model.scheduler.step(0)
     return state["progress"]
-
-
-def require_compatible(folder: Path, model: Model, vocab_size: int, tokenizer: str) -> None:
-    """Raise UserError unless the checkpoint is complete and fits this architecture, vocabulary and tokenizer."""
-    info = inspect_checkpoint(folder)
-    ours, theirs = architecture(model.model_dump()), architecture(info.model)
-    differing = [f"{key}: {theirs[key]} in the checkpoint, {ours[key]} in the recipe" for key in ours if ours[key] != theirs[key]]
-    if differing:
-        raise UserError(f"checkpoint {folder} has another architecture: model.{'; model.'.join(differing)}")
-    if info.vocab_size != vocab_size:
-        raise UserError(f"checkpoint {folder} has a vocabulary of {info.vocab_size} tokens, the tokenizer has {vocab_size}")
-    if info.tokenizer != tokenizer:
-        raise UserError(
-            f"checkpoint {folder} was trained with another tokenizer (fingerprint {info.tokenizer[:12]}, the run's is "
-            f"{tokenizer[:12]}): set tokenizer.path to the tokenizer folder it was trained with"
-        )
-
-
-# What does not change the weights' meaning: how they are computed, not what they are.
-NOT_ARCHITECTURE = {"layers", "precision", "logprob_chunk", "init_std", "max_position"}
-
-
-def architecture(model: dict[str, Any]) -> dict[str, Any]:
-    """The keys of recipe.model that two checkpoints must share."""
-    return {key: value for key, value in Model(**model).model_dump().items() if key not in NOT_ARCHITECTURE}

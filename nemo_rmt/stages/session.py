@@ -6,13 +6,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from nemo_rmt.compatibility import require_compatible
 from nemo_rmt.config import Recipe, Stage
 from nemo_rmt.data.batch import TokenBatch
 from nemo_rmt.data.seeds import derived_seed
 from nemo_rmt.data.tasks import TaskFamily, make_task
 from nemo_rmt.data.tokenizer import Tokenizer
 from nemo_rmt.errors import UserError
-from nemo_rmt.megatron.checkpoint import Checkpoints, load_training, load_weights, require_compatible
+from nemo_rmt.megatron.checkpoint import Checkpoints, load_training, load_weights
 from nemo_rmt.megatron.datasets import TrainingRows, dataset_exists
 from nemo_rmt.megatron.model import build_model
 from nemo_rmt.megatron.runtime import Layout

@@ -1,0 +1,36 @@
+"""The typed recipe: every value a run depends on, with its default, unit and meaning.
+
+The docstring under a key is what ``nemo-rmt recipes show`` prints beside it. Combinations that
+cannot work are refused when the recipe is built, long before a process starts. Reading YAML and
+``key=value`` overrides is in ``nemo_rmt.recipe_io``.
+"""
+
+from nemo_rmt.config.data import Corpus, Data, Task, Tokenizer
+from nemo_rmt.config.layout import Cluster, Model, Parallel
+from nemo_rmt.config.recipe import Flywheel, Recipe, Tracking
+from nemo_rmt.config.section import Section
+from nemo_rmt.config.stages import Anneal, Evaluate, GRPO, Optim, Pretrain, RL, ReMiT, Rollout, SFT, Stage
+
+__all__ = [
+    "Anneal",
+    "Cluster",
+    "Corpus",
+    "Data",
+    "Evaluate",
+    "Flywheel",
+    "GRPO",
+    "Model",
+    "Optim",
+    "Parallel",
+    "Pretrain",
+    "RL",
+    "ReMiT",
+    "Recipe",
+    "Rollout",
+    "SFT",
+    "Section",
+    "Stage",
+    "Task",
+    "Tokenizer",
+    "Tracking",
+]

@@ -1,0 +1,106 @@
+"""The architecture, how it is laid out over processes, and the machines."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import PositiveFloat, PositiveInt, model_validator
+
+from nemo_rmt.config.section import Section
+
+
+class Model(Section):
+    """A dense decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention, no linear biases."""
+
+    num_layers: PositiveInt = 4
+    """Transformer layers."""
+    hidden_size: PositiveInt = 128
+    """Width of the residual stream."""
+    num_attention_heads: PositiveInt = 4
+    """Query heads."""
+    num_query_groups: PositiveInt = 2
+    """Key/value heads; equal to num_attention_heads for plain multi-head attention."""
+    head_dim: PositiveInt | None = None
+    """Size of one head; null: hidden_size / num_attention_heads."""
+    ffn_hidden_size: PositiveInt = 384
+    """Inner width of the SwiGLU feed-forward layer."""
+    qk_norm: bool = False
+    """RMSNorm on queries and keys, per head (Qwen3)."""
+    qkv_bias: bool = False
+    """Bias on the query, key and value projections (Qwen2)."""
+    tie_embeddings: bool = True
+    """Use the input embedding as the output projection."""
+    rope_base: PositiveFloat = 10000.0
+    """Base of the rotary frequencies."""
+    norm_epsilon: PositiveFloat = 1e-6
+    """Epsilon of the RMS norms."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights."""
+    max_position: PositiveInt = 4096
+    """Longest sequence the model may see, in tokens."""
+    layers: Literal["local", "transformer_engine"] = "local"
+    """Linear and norm layers: Megatron's own, or Transformer Engine's (needs a GPU)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Parameters and activations; gradients are reduced and optimizer states kept in fp32."""
+    logprob_chunk: PositiveInt | None = None
+    """Tokens whose logits the log-probability head holds at once; null: as many as make 128 MiB."""
+
+    @model_validator(mode="after")
+    def _heads(self) -> "Model":
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                f"{self.num_attention_heads}: change one of them or set head_dim"
+            )
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not divisible by "
+                f"num_query_groups {self.num_query_groups}"
+            )
+        if (self.head_dim or self.hidden_size // self.num_attention_heads) % 8:
+            raise ValueError("the head size must be a multiple of 8 for rotary positions")
+        return self
+
+
+class Parallel(Section):
+    """How one model is laid out over processes; what remains of the world size is data-parallel."""
+
+    tensor: PositiveInt = 1
+    """Tensor-parallel size."""
+    pipeline: PositiveInt = 1
+    """Pipeline-parallel size."""
+    virtual_pipeline: PositiveInt | None = None
+    """Model chunks per pipeline rank (interleaved schedule)."""
+    context: PositiveInt = 1
+    """Context-parallel size."""
+    sequence: bool = False
+    """Sequence parallelism; needs tensor > 1."""
+    distributed_optimizer: bool = True
+    """Shard optimizer states over data-parallel ranks."""
+    overlap: bool = False
+    """Overlap gradient reduction and parameter gathering with compute (GPU clusters)."""
+    recompute: Literal["none", "full"] = "none"
+    """Recompute activations in backward: full recomputes every layer."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "Parallel":
+        if self.context > 1:
+            raise ValueError("context-parallel attention is not supported yet: set parallel.context=1")
+        if self.sequence and self.tensor == 1:
+            raise ValueError("sequence needs tensor > 1: set parallel.sequence=false or parallel.tensor=2")
+        if self.virtual_pipeline and self.pipeline == 1:
+            raise ValueError("virtual_pipeline needs pipeline > 1")
+        return self
+
+
+class Cluster(Section):
+    """Where the stages run."""
+
+    nodes: PositiveInt = 1
+    """Machines."""
+    gpus_per_node: PositiveInt = 1
+    """Processes started on each machine: one per GPU, or CPU processes where there is no GPU."""
+    gpu_memory_gib: PositiveFloat = 80.0
+    """Memory of one GPU in GiB, for the pre-flight's estimate."""
+    threads: PositiveInt | None = None
+    """CPU threads per process; null: cores divided by processes."""

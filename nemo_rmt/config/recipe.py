@@ -1,0 +1,121 @@
+"""The whole: everything one flywheel depends on, and the checks across sections."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import NonNegativeInt, PositiveInt, model_validator
+
+from nemo_rmt.config.data import Data, Tokenizer
+from nemo_rmt.config.layout import Cluster, Model, Parallel
+from nemo_rmt.config.section import Section
+from nemo_rmt.config.stages import Anneal, Evaluate, Pretrain, RL, Rollout, SFT, Stage
+
+
+class Flywheel(Section):
+    """How iterations are chained."""
+
+    start_from: Literal["stable", "previous"] = "stable"
+    """Each iteration anneals the pre-training checkpoint afresh, or continues from the last base."""
+    keep_checkpoints: PositiveInt = 1
+    """Complete checkpoints kept per stage."""
+    async_save: bool = False
+    """Write checkpoints in the background (pays on clusters, not for small models)."""
+
+
+class Tracking(Section):
+    """Where metrics go besides metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    wandb_project: str | None = None
+    """Weights & Biases project (needs the extra nemo-rmt[wandb]; WANDB_MODE=offline works)."""
+    log_interval: PositiveInt = 10
+    """Steps between lines on a terminal that is not interactive; metrics.jsonl has every step."""
+
+
+class Recipe(Section):
+    """Everything one flywheel depends on."""
+
+    name: str = "custom"
+    """Recipe name, for people."""
+    run_dir: str = "runs/custom"
+    """Folder of the run; safe to copy away."""
+    seed: NonNegativeInt = 1234
+    """Seed of initial weights, data order and sampling."""
+    iterations: PositiveInt = 2
+    """Turns of the flywheel."""
+    flywheel: Flywheel = Flywheel()
+    """How iterations are chained."""
+    model: Model = Model()
+    """Architecture."""
+    parallel: Parallel = Parallel()
+    """Layout."""
+    cluster: Cluster = Cluster()
+    """Machines."""
+    tokenizer: Tokenizer = Tokenizer()
+    """Tokenizer."""
+    data: Data = Data()
+    """Corpora and tasks."""
+    pretrain: Pretrain = Pretrain()
+    """Pre-training."""
+    anneal: Anneal = Anneal()
+    """Annealing."""
+    sft: SFT = SFT()
+    """Supervised fine-tuning."""
+    rl: RL = RL()
+    """Reinforcement learning."""
+    rollout: Rollout = Rollout()
+    """Sampling in training."""
+    evaluate: Evaluate = Evaluate()
+    """Evaluation."""
+    tracking: Tracking = Tracking()
+    """Metrics."""
+
+    @property
+    def data_parallel(self) -> int:
+        """Data-parallel size: the world size over tensor × pipeline × context."""
+        p = self.parallel
+        return self.cluster.nodes * self.cluster.gpus_per_node // (p.tensor * p.pipeline * p.context)
+
+    @model_validator(mode="after")
+    def _layout(self) -> "Recipe":
+        p, m = self.parallel, self.model
+        world, per_model = self.cluster.nodes * self.cluster.gpus_per_node, p.tensor * p.pipeline * p.context
+        if world % per_model:
+            raise ValueError(
+                f"cluster.nodes × cluster.gpus_per_node = {world} processes is not a multiple of parallel.tensor × "
+                f"pipeline × context = {per_model}"
+            )
+        for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "hidden_size"):
+            if getattr(m, key) % p.tensor:
+                raise ValueError(
+                    f"parallel.tensor={p.tensor} does not divide model.{key}={getattr(m, key)}: "
+                    f"choose a tensor-parallel size that does"
+                )
+        chunks = p.pipeline * (p.virtual_pipeline or 1)
+        if m.num_layers % chunks:
+            raise ValueError(f"model.num_layers={m.num_layers} is not a multiple of parallel.pipeline × virtual_pipeline={chunks}")
+        for name in ("pretrain", "anneal", "sft", "rl"):
+            self._batch(name, getattr(self, name))
+        return self
+
+    def _batch(self, name: str, stage: Stage) -> None:
+        """Refuse batch arithmetic that does not work out for one stage."""
+        p, step = self.parallel, stage.micro_batch_size * self.data_parallel
+        if stage.global_batch_size % step:
+            raise ValueError(
+                f"{name}.global_batch_size={stage.global_batch_size} is not a multiple of {name}.micro_batch_size × "
+                f"data-parallel size = {stage.micro_batch_size} × {self.data_parallel}"
+            )
+        if p.virtual_pipeline and (stage.global_batch_size // step) % p.pipeline:
+            raise ValueError(
+                f"{name}: with parallel.virtual_pipeline the number of micro-batches "
+                f"({stage.global_batch_size // step}) must be a multiple of parallel.pipeline={p.pipeline}"
+            )
+        if stage.sequence_length % p.tensor and p.sequence:
+            raise ValueError(f"{name}.sequence_length={stage.sequence_length} is not a multiple of parallel.tensor={p.tensor}")
+        if stage.sequence_length > self.model.max_position:
+            raise ValueError(f"{name}.sequence_length={stage.sequence_length} exceeds model.max_position={self.model.max_position}")
+        if isinstance(stage, RL) and (stage.global_batch_size // stage.grpo.samples_per_group) % self.data_parallel:
+            raise ValueError(f"{name}: the number of groups must be a multiple of the data-parallel size {self.data_parallel}")

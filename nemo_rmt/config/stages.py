@@ -1,0 +1,166 @@
+"""The stages, their objectives and their sampling."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from nemo_rmt.config.section import Section
+
+
+class Optim(Section):
+    """Adam and its learning-rate schedule."""
+
+    lr: PositiveFloat = 3e-3
+    """Peak learning rate."""
+    min_lr: NonNegativeFloat = 0.0
+    """Learning rate at the end of a decay."""
+    schedule: Literal["constant", "linear", "cosine", "one_minus_sqrt"] = "constant"
+    """After warm-up: stay (the stable phase), or decay to min_lr at the stage's last step."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up from 0."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    clip_grad: NonNegativeFloat = 1.0
+    """Clip the global gradient norm to this; 0: off."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Adam's first decay rate."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Adam's second decay rate."""
+    epsilon: PositiveFloat = 1e-8
+    """Adam's epsilon."""
+
+
+class Stage(Section):
+    """What every stage has."""
+
+    steps: PositiveInt = 100
+    """Optimizer steps."""
+    micro_batch_size: PositiveInt = 8
+    """Sequences per forward of one data-parallel rank."""
+    global_batch_size: PositiveInt = 8
+    """Sequences per optimizer step over all ranks."""
+    sequence_length: PositiveInt = 128
+    """Tokens per row; in RL the limit of prompt plus response."""
+    optim: Optim = Optim()
+    """Optimizer and schedule."""
+    checkpoint_interval: PositiveInt = 100
+    """Steps between checkpoints; the last step is always saved."""
+
+
+class Pretrain(Stage):
+    """Next-token prediction at a stable learning rate."""
+
+    checkpoint: str | None = None
+    """Start the flywheel from this checkpoint instead of pre-training."""
+
+
+class ReMiT(Section):
+    """Token weights from the gap between an RL-tuned reference and the model (arXiv 2602.03075)."""
+
+    epsilon: float = Field(0.2, gt=0, le=1)
+    """Weights stay in [1 - epsilon, 1 + epsilon]; 0.2 is the paper's."""
+    scale: PositiveFloat = 1.0
+    """Factor on the centred gap before the sigmoid; 1 is the paper's."""
+    gap_model: Literal["current", "frozen"] = "current"
+    """The gap is against the model in training, or against the stage's frozen starting point."""
+    reference: str | None = "previous"
+    """previous: the RL model of the iteration before; or a checkpoint folder."""
+
+
+class Anneal(Stage):
+    """Decay to zero, uniformly or with ReMiT's weights."""
+
+    objective: Literal["uniform", "remit"] = "remit"
+    """Loss. Iteration 0 is uniform unless remit.reference is a checkpoint."""
+    remit: ReMiT = ReMiT()
+    """ReMiT's settings."""
+
+    @model_validator(mode="after")
+    def _reference(self) -> "Anneal":
+        if self.objective == "remit" and not self.remit.reference:
+            raise ValueError(
+                "objective remit needs remit.reference: 'previous' (the iteration before) or a checkpoint "
+                "folder; or set anneal.objective=uniform"
+            )
+        return self
+
+
+class SFT(Stage):
+    """Supervised fine-tuning; loss on the assistant's tokens."""
+
+
+class GRPO(Section):
+    """Group-relative policy optimisation (arXiv 2402.03300, 2503.14476, 2503.20783)."""
+
+    samples_per_group: int = Field(8, ge=2)
+    """Responses per prompt (G)."""
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    """Lower clip of the probability ratio: 1 - clip_low."""
+    clip_high: PositiveFloat = 0.2
+    """Upper clip of the probability ratio: 1 + clip_high."""
+    normalize: Literal["token", "sequence"] = "token"
+    """Mean over all tokens (DAPO), or over each response first (GRPO)."""
+    normalize_std: bool = True
+    """Divide advantages by the group's standard deviation; false: Dr. GRPO."""
+    kl_coefficient: NonNegativeFloat = 0.0
+    """Weight of the k3 KL to the stage's starting model."""
+    drop_zero_variance: bool = True
+    """Leave groups whose rewards are all equal out of the batch and its token count."""
+    updates_per_rollout: PositiveInt = 1
+    """Optimizer steps on each batch of rollouts; 1 is strictly on-policy."""
+
+
+class RL(Stage):
+    """GRPO on the tasks' verifier rewards. global_batch_size counts responses."""
+
+    grpo: GRPO = GRPO()
+    """The objective."""
+
+    @model_validator(mode="after")
+    def _groups(self) -> "RL":
+        if self.global_batch_size % self.grpo.samples_per_group:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} must be a multiple of "
+                f"grpo.samples_per_group {self.grpo.samples_per_group}: it counts responses, in whole groups"
+            )
+        return self
+
+
+class Rollout(Section):
+    """How responses are sampled in training."""
+
+    engine: Literal["megatron"] = "megatron"
+    """megatron: in the training processes, from the live weights."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; the trainer's log-probabilities use the same."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus; below 1 the sampled distribution is no longer the policy's."""
+    max_new_tokens: PositiveInt = 64
+    """Longest response, in tokens."""
+    batch_size: PositiveInt = 256
+    """Sequences sampled at once on one data-parallel rank."""
+
+
+class Evaluate(Section):
+    """Held-out measurements."""
+
+    problems: PositiveInt = 200
+    """Held-out problems per task and split."""
+    samples: PositiveInt = 4
+    """Responses per problem at temperature 1; pass@k up to k = samples."""
+    max_tokens: PositiveInt = 65_536
+    """Held-out tokens per domain."""
+    micro_batch_size: PositiveInt = 16
+    """Rows per forward."""
+    sequence_length: PositiveInt = 128
+    """Tokens per row."""
+    tier_edges: tuple[float, float] = (0.5, 1.5)
+    """Entropy edges in nats between easy, medium and hard tokens."""
+
+    @model_validator(mode="after")
+    def _edges(self) -> "Evaluate":
+        if not 0 < self.tier_edges[0] < self.tier_edges[1]:
+            raise ValueError(f"tier_edges must be ascending and above 0, got {self.tier_edges}")
+        return self
