@@ -61,7 +61,7 @@ class Skill:
 
     pass_at_1: Estimate
     greedy: Estimate | None = None
-    pass_at_k: float | None = None
+    pass_at_k: Estimate | None = None
     k: int | None = None
 
     @classmethod
@@ -73,7 +73,7 @@ class Skill:
             return None
         ks = [key.removeprefix(base + "pass@") for key in metrics if key.startswith(base + "pass@")]
         k = max((int(text) for text in ks if text.isdigit() and text != "1"), default=None)
-        return cls(pass_at_1, _estimate(metrics, base + "greedy"), metrics.get(f"{base}pass@{k}"), k)
+        return cls(pass_at_1, _estimate(metrics, base + "greedy"), _estimate(metrics, f"{base}pass@{k}"), k)
 
 
 def _estimate(metrics: Mapping[str, float], key: str) -> Estimate | None:
@@ -92,7 +92,7 @@ def judge(before: Skill, after: Skill, before_longer: Skill | None, after_longer
     - worse: pass@1 fell. no change: pass@1 did not rise, on either set of problems.
     - sharpening: pass@1 rose, but on neither set does the model after RL, sampled or greedy, solve more than the
       model before RL solved greedily: what it could already do at its best, it now does more often.
-    - new skill: on one of the sets it does solve more than that, and more than sampling k answers before RL reached.
+    - new skill: on one of the sets it does solve more than that, and more than k samples before RL did.
     - undecided: it solves more than greedily before, but a right answer was already among k samples (or k samples
       were not taken), or greedy accuracy was not measured.
 
@@ -104,25 +104,20 @@ def judge(before: Skill, after: Skill, before_longer: Skill | None, after_longer
     changes = [difference(old.pass_at_1, new.pass_at_1) for old, new in pairs]
     if changes[0].is_below_zero:
         return "worse"
-    beyond = [_beyond_greedy(old, new) for old, new in pairs]
+    beyond = [_solves_more(new, old.greedy) for old, new in pairs]
     if not any(change.is_above_zero for change in changes) and not any(beyond):
         return "no change"
     if any(old.greedy is None or new.greedy is None for old, new in pairs):
         return "undecided"
     if not any(beyond):
         return "sharpening"
-    reached = [old.pass_at_k is not None and _best(new) > old.pass_at_k for old, new in pairs]
+    reached = [_solves_more(new, old.pass_at_k) for old, new in pairs]
     return "new skill" if any(more and new for more, new in zip(beyond, reached)) else "undecided"
 
 
-def _beyond_greedy(before: Skill, after: Skill) -> bool:
-    """Whether the later model, sampled or greedy, solves more than the earlier one's greedy decoding."""
-    if before.greedy is None:
+def _solves_more(after: Skill, before: Estimate | None) -> bool:
+    """Whether the later model, sampled or greedy, solves more than an earlier figure; False without that figure."""
+    if before is None:
         return False
     measured = [after.pass_at_1] if after.greedy is None else [after.pass_at_1, after.greedy]
-    return any(difference(before.greedy, estimate).is_above_zero for estimate in measured)
-
-
-def _best(skill: Skill) -> float:
-    """The better of sampled and greedy accuracy."""
-    return max(skill.pass_at_1.value, skill.greedy.value if skill.greedy else 0.0)
+    return any(difference(before, estimate).is_above_zero for estimate in measured)

@@ -276,7 +276,5 @@ def _domains(metrics: dict[str, float]) -> list[str]:
     return sorted(names, key=lambda name: name == "all")
 
 
-def _share(value: Estimate | float | None) -> str:
-    if value is None:
-        return "–"
-    return value.as_share() if isinstance(value, Estimate) else Estimate(value).as_share()
+def _share(estimate: Estimate | None) -> str:
+    return "–" if estimate is None else estimate.as_share()

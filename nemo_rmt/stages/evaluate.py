@@ -137,13 +137,16 @@ def evaluate_problems(
     greedy = gather_over_data_parallel(sample(1, 0.0) if mine else [])
     correct = [[score >= 1.0 for score, _ in outcomes] for outcomes in drawn]
     share = mean_interval([sum(row) / samples for row in correct])
+    any_of_them = mean_interval([pass_at_k(samples, sum(row), samples) for row in correct])
     best = wilson_interval(sum(outcomes[0][0] >= 1.0 for outcomes in greedy), len(greedy))
     lengths = [length for outcomes in drawn for _, length in outcomes]
     figures = {
         "pass@1": share.mean,
         "pass@1_low": share.low,
         "pass@1_high": share.high,
-        f"pass@{samples}": sum(pass_at_k(samples, sum(row), samples) for row in correct) / len(correct),
+        f"pass@{samples}": any_of_them.mean,
+        f"pass@{samples}_low": any_of_them.low,
+        f"pass@{samples}_high": any_of_them.high,
         "greedy": best.mean,
         "greedy_low": best.low,
         "greedy_high": best.high,

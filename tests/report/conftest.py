@@ -40,7 +40,8 @@ def evaluation(iteration, skills=SKILLS):
             base = f"{prefix}tasks/{name}/"
             metrics.update({f"{base}pass@1{end}": value for end, value in share(sampled).items()})
             metrics.update({f"{base}greedy{end}": value for end, value in share(greedy, 0.01).items()})
-            metrics[f"{base}pass@4"], metrics[f"{base}response_length"] = several, 21.0
+            metrics.update({f"{base}pass@4{end}": value for end, value in share(several).items()})
+            metrics[f"{base}response_length"] = 21.0
         for number_of_domain, (domain, unigram) in enumerate(UNIGRAM.items()):
             metrics[f"{prefix}lm/{domain}/unigram_nll"] = unigram
             metrics[f"{prefix}lm/{domain}/nll"] = unigram * 0.4 + 0.001 * iteration + 0.02 * number_of_domain

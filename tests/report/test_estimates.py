@@ -14,7 +14,8 @@ def share(value, half=0.03):
 
 
 def skill(pass_at_1, greedy, pass_at_4=None):
-    return Skill(share(pass_at_1), None if greedy is None else share(greedy, 0.02), pass_at_4, 4)
+    some = None if pass_at_4 is None else share(pass_at_4)
+    return Skill(share(pass_at_1), None if greedy is None else share(greedy, 0.02), some, 4)
 
 
 WEAK, STRONG = skill(0.45, 0.99, 0.9), skill(0.97, 0.99, 0.99)
@@ -83,7 +84,7 @@ def test_skill_is_read_with_its_prefix_interval_and_largest_k():
         "tasks/chains/pass@1": 0.7,
     }
     read = Skill.read(metrics, "sft/", "chains")
-    assert read == Skill(Estimate(0.5, 0.4, 0.6), Estimate(0.8), 0.9, 16)
+    assert read == Skill(Estimate(0.5, 0.4, 0.6), Estimate(0.8), Estimate(0.9), 16)
     assert Skill.read(metrics, "", "chains").pass_at_1 == Estimate(0.7)
     assert Skill.read(metrics, "", "other") is None
 
