@@ -34,7 +34,7 @@ setup(
     ],
     # NVIDIA Apex is not on PyPI: the package called apex there is something else. See the README.
     extras_require={
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100"],
+        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "reasoning-gym==0.1.25"],
         # leptonai 0.47 lost the module that nemo_run 0.11.1 imports
         "nemo": ["nemo_run==0.11.1", "leptonai>=0.26.6,<0.47"],
         "bridge": ["megatron-bridge==0.3.1"],

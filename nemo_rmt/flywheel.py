@@ -24,7 +24,7 @@ from nemo_rmt.chain import PlannedStage, StageRef, plan_chain, recipe_digest
 from nemo_rmt.config import Recipe
 from nemo_rmt.errors import UserError
 from nemo_rmt.overview import print_chain, print_summary
-from nemo_rmt.process import Interrupted, run_worker, signals_raise, worker_command, worker_environment
+from nemo_rmt.process import WRONG_INPUT, Interrupted, run_stage, signals_raise, worker_command
 from nemo_rmt.recipe_io import resolved_yaml
 from nemo_rmt.run_folder import METADATA, RunFolder, State, inspect_checkpoint, write_text
 from nemo_rmt.stages.job import StageJob
@@ -32,9 +32,6 @@ from nemo_rmt.stages.job import StageJob
 __all__ = ["FlywheelRun", "PlannedStage", "StageRef", "plan_chain", "run_flywheel", "run_one_stage"]
 
 logger = logging.getLogger(__name__)
-
-WRONG_INPUT = 2
-"""Exit status of a worker that refused its input."""
 
 Command = Callable[[Path, Recipe], list[str]]
 """The command line of a stage, from its stage.yaml and the recipe."""
@@ -201,7 +198,7 @@ class FlywheelRun:
         print(f"{ref}" + (f" ({note})" if note else "") + (f", attempt {attempt}" if attempt > 1 else ""), flush=True)
         self.started += 1
         try:
-            return run_worker(self.command(stage_yaml, self.recipe), worker_environment(self.recipe), (self.lock,))
+            return run_stage(stage_yaml, self.command(stage_yaml, self.recipe), self.recipe, self.lock)
         except Interrupted:
             self.state.record(ref.iteration, ref.stage).status = "pending"
             self.run.save_state(self.state)

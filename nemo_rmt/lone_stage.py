@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from nemo_rmt.errors import UserError
-from nemo_rmt.process import Interrupted, run_worker, signals_raise, worker_command, worker_environment
+from nemo_rmt.process import WRONG_INPUT, Interrupted, run_stage, signals_raise, worker_command
 from nemo_rmt.recipe_io import validate
 from nemo_rmt.run_folder import RunFolder, inspect_checkpoint
 from nemo_rmt.stages.job import StageJob
@@ -35,12 +35,12 @@ def run_stage_file(path: Path) -> int:
     with RunFolder((folder / job.run_dir).resolve()).lock() as lock:
         try:
             with signals_raise():
-                status = run_worker(worker_command(path.resolve(), job.recipe), worker_environment(job.recipe), (lock,))
+                status = run_stage(path.resolve(), worker_command(path.resolve(), job.recipe), job.recipe, lock)
         except Interrupted as interrupted:
             return 128 + interrupted.signum
     if status:
         print(f"nemo-rmt: {path} failed with exit status {status}", file=sys.stderr)
-    return status if status in (0, 2) else 1
+    return status if status in (0, WRONG_INPUT) else 1
 
 
 def _read(path: Path) -> StageJob:

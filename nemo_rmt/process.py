@@ -19,6 +19,12 @@ STOP_GRACE_S = 20.0
 """Seconds a worker gets between SIGTERM and SIGKILL."""
 
 
+WRONG_INPUT = 2
+"""Exit status of a worker that refused its input."""
+REFUSAL = Path("log") / "refused"
+"""Where a worker that refuses its input leaves the reason, in its stage's folder: torchrun turns every status into 1."""
+
+
 class Interrupted(BaseException):
     """SIGINT, SIGTERM or SIGHUP arrived. Not an Exception, so that only the flywheel's own handler takes it."""
 
@@ -118,6 +124,14 @@ def run_worker(command: list[str], env: dict[str, str], keep_open: tuple[int, ..
     except BaseException:
         _stop(worker)
         raise
+
+
+def run_stage(stage_yaml: Path, command: list[str], recipe: Recipe, lock: int) -> int:
+    """``run_worker`` for one stage, which inherits the run's lock; WRONG_INPUT also when torchrun stands between."""
+    refusal = stage_yaml.parent / REFUSAL
+    refusal.unlink(missing_ok=True)
+    status = run_worker(command, worker_environment(recipe), (lock,))
+    return WRONG_INPUT if status and refusal.exists() else status
 
 
 def _stop(worker: subprocess.Popen) -> None:

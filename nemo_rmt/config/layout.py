@@ -78,7 +78,7 @@ class Parallel(Section):
     distributed_optimizer: bool = True
     """Shard optimizer states over data-parallel ranks."""
     overlap: bool = False
-    """Overlap gradient reduction and parameter gathering with compute (GPU clusters)."""
+    """Overlap gradient reduction with compute (GPU clusters)."""
     recompute: Literal["none", "full"] = "none"
     """Recompute activations in backward: full recomputes every layer."""
 

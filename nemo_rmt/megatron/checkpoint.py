@@ -1,7 +1,7 @@
 """Distributed checkpoints: atomic, rotated, loadable at any layout, refused when they do not belong.
 
-A checkpoint is written to ``step_XXXXXXXX.tmp`` by Megatron (every rank its shards), completed by ``manifest.json``
-with a manifest of file sizes, and renamed: a folder named ``step_XXXXXXXX`` is complete. Reading metadata and finding
+A checkpoint is written to ``step_XXXXXXXX.tmp`` by Megatron (every rank its shards), completed by ``manifest.json``,
+which lists its files and their sizes, and renamed: a folder named ``step_XXXXXXXX`` is complete. Reading metadata and finding
 the latest complete one needs no torch and lives in ``nemo_rmt.run_folder``.
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
+from nemo_rmt.megatron.background import BackgroundWriter, copy_cpu_tensors
 from nemo_rmt.megatron.cpu import redirected, results_in_process
 from nemo_rmt.megatron.model import LogprobGPT
 from nemo_rmt.megatron.optimizer import prepare_for_loading
@@ -35,14 +35,14 @@ class Checkpoints:
         folder: the stage's ``checkpoints`` folder.
         keep: complete checkpoints kept.
         asynchronous: write in a background process; ``finish`` must be called before the process ends.
-        identity: what ``manifest.json`` says besides step and manifest: stage, iteration, model, vocab_size, tokenizer.
+        identity: what ``manifest.json`` says besides step and files: stage, iteration, model, vocab_size, tokenizer.
     """
 
     def __init__(self, folder: Path, *, keep: int, asynchronous: bool, identity: dict[str, Any]):
         self.folder = folder
         self.keep = keep
         self.identity = identity
-        self.queue = AsyncCallsQueue(persistent=True) if asynchronous else None
+        self.writer = BackgroundWriter() if asynchronous else None
         if dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob("*.tmp"):
@@ -53,8 +53,8 @@ class Checkpoints:
         """Save weights, optimizer, schedule, RNG and ``progress`` (what the stage needs to go on: tokens seen, ...)."""
         target = self.folder / f"step_{step:08d}"
         draft = target.with_suffix(".tmp")
-        if self.queue is not None:
-            self.queue.maybe_finalize_async_calls(blocking=True)
+        if self.writer is not None:
+            self.writer.poll(wait=True)
         if dist.get_rank() == 0:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir()
@@ -63,40 +63,44 @@ class Checkpoints:
         state["progress"] = {"step": step, **progress}
         state["rng"] = torch.get_rng_state()
         with redirected():
-            if self.queue is None:
+            if self.writer is None:
                 with results_in_process():
                     dist_checkpointing.save(state, str(draft))
                 self._complete(draft, target, step)
             else:
-                request = dist_checkpointing.save(state, str(draft), async_sharded_save=True)
+                copy_cpu_tensors(state)
+                with self.writer.collecting_results():
+                    request = dist_checkpointing.save(state, str(draft), async_sharded_save=True)
                 request.add_finalize_fn(lambda: self._complete(draft, target, step))
-                self.queue.schedule_async_request(request)
+                self.writer.schedule(request)
         return target
 
     def poll(self) -> None:
         """Let a background save complete if it is ready; call once a step."""
-        if self.queue is not None:
-            self.queue.maybe_finalize_async_calls(blocking=False)
+        if self.writer is not None:
+            self.writer.poll(wait=False)
 
     def finish(self) -> None:
         """Wait for background saves and end their process."""
-        if self.queue is not None:
-            self.queue.maybe_finalize_async_calls(blocking=True)
-            self.queue.close()
+        if self.writer is not None:
+            self.writer.close()
 
     def _complete(self, draft: Path, target: Path, step: int) -> None:
         """Write the manifest, sync, rename, rotate: on rank 0, while the others wait."""
         dist.barrier()
         if dist.get_rank() == 0:
-            files = {str(path.relative_to(draft)): path.stat().st_size for path in sorted(draft.rglob("*")) if path.is_file()}
+            paths = [path for path in sorted(draft.rglob("*")) if path.is_file()]
+            files = {str(path.relative_to(draft)): path.stat().st_size for path in paths}
             with open(draft / METADATA, "w") as file:
                 json.dump({"format": 1, "step": step, **self.identity, "files": files}, file)
                 file.flush()
                 os.fsync(file.fileno())
             shutil.rmtree(target, ignore_errors=True)
             os.replace(draft, target)
-            complete = sorted(path for path in self.folder.glob("step_*") if path.suffix != ".tmp")
-            for old in complete[: -self.keep]:
+            others = sorted(path for path in self.folder.glob("step_*") if path.suffix != ".tmp" and path != target)
+            # One of a later step was damaged when this stage resumed from before it: it must not outlive this one.
+            earlier = [path for path in others if path.name < target.name]
+            for old in {*others} - {*earlier[len(earlier) + 1 - self.keep :]}:
                 shutil.rmtree(old)
         dist.barrier()
 
@@ -114,7 +118,8 @@ def training_state(model: TrainedModel, *, is_loading: bool = False) -> dict[str
         if is_loading:
             prepare_for_loading(model.optimizer)
         state = model_state(model.modules)
-        state["optimizer"] = model.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=RESHARDABLE)
+        weights = dict(state)
+        state["optimizer"] = model.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=RESHARDABLE)
     state["scheduler"] = model.scheduler.state_dict()
     return state
 
@@ -123,6 +128,11 @@ def load_weights(folder: Path, modules: list[LogprobGPT]) -> None:
     """Load weights into bare model chunks, whatever layout saved them."""
     with redirected():
         state = dist_checkpointing.load(model_state(modules), str(folder), strict="assume_ok_unexpected")
+    _fill(modules, state)
+
+
+def _fill(modules: list[LogprobGPT], state: dict[str, Any]) -> None:
+    """Copy loaded weights into the modules."""
     for index, module in enumerate(modules):
         module.load_state_dict(state["model" if len(modules) == 1 else f"model{index}"])
 
@@ -133,18 +143,17 @@ def load_training(folder: Path, model: TrainedModel, *, with_schedule: bool) -> 
     Returns the ``progress`` that was saved.
     """
     template = training_state(model, is_loading=True)
-    settings = [{key: group[key] for key in group if key not in ("params", "step")} for group in model.optimizer.param_groups]
+    kept = ("params", "step")
+    settings = [{key: group[key] for key in group if key not in kept} for group in model.optimizer.param_groups]
     with redirected():
         state = dist_checkpointing.load(template, str(folder), strict="assume_ok_unexpected")
-        modules = model.modules
-        for index, module in enumerate(modules):
-            module.load_state_dict(state["model" if len(modules) == 1 else f"model{index}"])
+        _fill(model.modules, state)
         model.optimizer.load_state_dict(state["optimizer"])
     if with_schedule:
         model.scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["rng"])
     else:
-        # Megatron keeps peak learning rate, decay and betas in the optimizer's groups: take this stage's, not the saved.
+        # Megatron keeps peak learning rate, decay and betas in the optimizer's groups: take this stage's.
         for group, ours in zip(model.optimizer.param_groups, settings, strict=True):
             group.update(ours)
         model.scheduler.step(0)

@@ -1,17 +1,17 @@
-"""Megatron-Core 0.16 without a GPU: its CUDA calls land on the CPU.
+"""Megatron-Core 0.16 without a GPU: its CUDA calls land on the CPU. And without Apex or Transformer Engine's Adam.
 
-Megatron-Core asks for CUDA in three ways, each redirected here and nowhere else:
+Each of these is dealt with here and nowhere else:
 
 * ``torch.cuda.current_device()`` and a handful of its neighbours: replaced while ``cuda_on_cpu`` is entered
   (module attributes, so no torch mechanism can intercept them) and restored when it is left;
 * ``device="cuda"`` literals, ``tensor.cuda()`` and comparisons of ``tensor.type()`` with ``torch.cuda.*Tensor``
   (optimizer, schedules, gradient clipping): rewritten by a ``TorchFunctionMode``, only inside ``redirected()``
   blocks, because a function mode costs about 2 µs a call;
-* the distributed optimizer's loading code, which assumes Apex or Transformer Engine's Adam: two methods.
+* functions compiled as Megatron-Core is imported: left as they are by ``without_compiler``;
+* the distributed optimizer's loading code, which assumes Apex or Transformer Engine's Adam: two methods, replaced while
+  ``cuda_on_cpu`` is entered, on a GPU too, where torch's Adam is used when neither package is installed.
 
-Its fused functions are left uncompiled.
-
-With a GPU everything here is a no-op.
+With a GPU the others are no-ops.
 """
 
 from __future__ import annotations
@@ -104,15 +104,17 @@ def results_in_process() -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def cuda_on_cpu() -> Iterator[None]:
-    """Let Megatron-Core run on the CPU until the block is left. No-op with a GPU."""
-    if torch.cuda.is_available():
-        yield
-        return
+    """Let Megatron-Core run on the CPU, and load states into torch's Adam, until the block is left."""
     import megatron.core.tensor_parallel.random as megatron_random
 
     quiet = logging.getLogger(megatron_random.__name__)
     expected = lambda record: "CPU RNG state changed" not in record.getMessage()  # noqa: E731
     with contextlib.ExitStack() as stack:
+        for patch in _distributed_optimizer_patches():
+            stack.enter_context(patch)
+        if torch.cuda.is_available():
+            yield
+            return
         for name, value in {
             "current_device": lambda: _CPU,
             "set_device": lambda device: None,
@@ -128,8 +130,6 @@ def cuda_on_cpu() -> Iterator[None]:
             "_set_cuda_rng_state": lambda state, device=-1, graph_safe=False: torch.set_rng_state(state),
         }.items():
             stack.enter_context(mock.patch.object(megatron_random, name, value))
-        for patch in _distributed_optimizer_patches():
-            stack.enter_context(patch)
         quiet.addFilter(expected)
         try:
             yield

@@ -21,6 +21,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from torch import Tensor
 
 from nemo_rmt.data.tokenizer import Tokenizer
+from nemo_rmt.errors import UserError
 
 
 def write_dataset(prefix: Path, documents: Iterable[list[int]], vocab_size: int) -> tuple[int, int]:
@@ -99,7 +100,7 @@ class TrainingRows:
 def held_out_rows(prefix: Path, sequence_length: int, max_tokens: int) -> Tensor:
     """The first held-out documents end to end, ``[rows, sequence_length + 1]`` int64; rows overlap by one token.
 
-    Every row but the last is full; what does not fill a row is left out.
+    What does not fill a row is left out. Raises UserError when there is not even one.
     """
     dataset = IndexedDataset(str(prefix))
     parts, size = [], 0
@@ -109,6 +110,11 @@ def held_out_rows(prefix: Path, sequence_length: int, max_tokens: int) -> Tensor
         if size > max_tokens:
             break
     stream = torch.from_numpy(numpy.concatenate(parts).astype(numpy.int64))[: max_tokens + 1]
+    if len(stream) <= sequence_length:
+        raise UserError(
+            f"held-out dataset {prefix} has {len(stream)} tokens, too few for one row of evaluate.sequence_length="
+            f"{sequence_length}: lower it, raise evaluate.max_tokens, or give the corpus a larger held_out fraction"
+        )
     return stream.unfold(0, sequence_length + 1, sequence_length).contiguous()
 
 
@@ -123,4 +129,5 @@ def token_counts(prefix: Path, vocab_size: int) -> numpy.ndarray:
 
 def dataset_exists(prefix: Path) -> bool:
     """Whether both files of an indexed dataset are there and not empty."""
-    return all(os.path.isfile(f"{prefix}{suffix}") and os.path.getsize(f"{prefix}{suffix}") for suffix in (".bin", ".idx"))
+    paths = [f"{prefix}{suffix}" for suffix in (".bin", ".idx")]
+    return all(os.path.isfile(path) and os.path.getsize(path) for path in paths)

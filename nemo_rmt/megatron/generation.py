@@ -106,10 +106,12 @@ def _inference(chunks: list[LogprobGPT], length: int):
     training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
-    with without_sequence_parallel(chunks), caching(chunks, length) as caches:
-        yield caches
-    for chunk, mode in zip(chunks, training, strict=True):
-        chunk.train(mode)
+    try:
+        with without_sequence_parallel(chunks), caching(chunks, length) as caches:
+            yield caches
+    finally:
+        for chunk, mode in zip(chunks, training, strict=True):
+            chunk.train(mode)
 
 
 def _forward(chunks: list[LogprobGPT], tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor | None:
@@ -132,12 +134,19 @@ def _forward(chunks: list[LogprobGPT], tokens: Tensor, positions: Tensor, mask: 
 
 
 def _draw(logits: Tensor | None, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """Next tokens and their log-probabilities ``[batch]``, drawn on the last stage and shared with the others."""
+    """Next tokens and their log-probabilities ``[batch]``, drawn on the last stage and shared with all ranks."""
     drawn = torch.zeros(2, len(uniform), dtype=torch.float64, device=uniform.device)
     if logits is not None:
         logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
         tokens = logprobs.argmax(-1) if temperature == 0 else _inverse_cumulative(logprobs, uniform, top_p)
         drawn[0], drawn[1] = tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+        if parallel_state.get_tensor_model_parallel_world_size() > 1:
+            # The ranks hold the same logits, but a cumulative sum on a GPU is not deterministic: one rank decides.
+            dist.broadcast(
+                drawn,
+                parallel_state.get_tensor_model_parallel_src_rank(),
+                group=parallel_state.get_tensor_model_parallel_group(),
+            )
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         dist.broadcast(
             drawn,

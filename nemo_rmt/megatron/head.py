@@ -42,7 +42,7 @@ class _ChunkedLogprob(torch.autograd.Function):
         for start in range(0, size, chunk):
             part = slice(start, start + chunk)
             logits = _logits(hidden[part], weight, temperature)
-            largest = logits.max(dim=-1).values
+            largest = _largest(logits)
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
             target, _ = _target(logits, labels[part], vocab_start)
             shifted = logits.sub_(largest[:, None])
@@ -87,6 +87,11 @@ class _ChunkedLogprob(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None, None, None
+
+
+def _largest(logits: Tensor) -> Tensor:
+    """Each token's largest logit of this shard; -inf for a shard of nothing but padding."""
+    return logits.max(dim=-1).values if logits.shape[-1] else logits.new_full(logits.shape[:1], -torch.inf)
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
@@ -146,10 +151,10 @@ def token_scores(
     else:
         hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
     start, end = VocabUtility.vocab_range_from_per_partition_vocab_size(weight.shape[0], group.rank(), group.size())
+    # From the padded shard: ranks that took chunks of different sizes would reduce tensors of different shapes.
+    chunk = chunk or max(1, LOGITS_AT_ONCE // weight.shape[0])
     weight = weight[: max(0, min(end, vocab_size) - start)]
-    chunk = chunk or max(1, LOGITS_AT_ONCE // max(1, weight.shape[0]))
     sequence, batch, width = hidden.shape
-    outputs = _ChunkedLogprob.apply(
-        hidden.reshape(sequence * batch, width), weight, labels.t().reshape(-1), temperature, chunk, with_entropy, group, start
-    )
+    flat = hidden.reshape(sequence * batch, width)
+    outputs = _ChunkedLogprob.apply(flat, weight, labels.t().reshape(-1), temperature, chunk, with_entropy, group, start)
     return TokenScores(*(output.view(sequence, batch).t() for output in outputs))

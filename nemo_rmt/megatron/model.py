@@ -23,7 +23,8 @@ from nemo_rmt.megatron.attention import MaskedAttention
 from nemo_rmt.megatron.cpu import redirected
 from nemo_rmt.megatron.head import TokenScores, token_scores
 
-# Embedding rows are padded to this, whatever the layout, so that a checkpoint fits every tensor-parallel size up to it.
+# Embedding rows are padded to a multiple of this, whatever the layout, so that a checkpoint fits every tensor-parallel
+# size that divides it.
 VOCAB_MULTIPLE = 128
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

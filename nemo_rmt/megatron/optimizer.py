@@ -31,7 +31,6 @@ def build_optimizer(optim: Optim, model: Model, parallel: Parallel, chunks: list
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=parallel.distributed_optimizer,
-        overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
     )
     with redirected():
         return get_megatron_optimizer(config, chunks)

@@ -42,7 +42,7 @@ class Layout:
 
 
 def _environment() -> tuple[int, int, int]:
-    """Rank, world size and local rank; a process without torchrun is a world of one on a free loopback port."""
+    """Rank, world size and local rank; a process without torchrun is a world of one."""
     if "RANK" in os.environ:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
     return 0, 1, 0
@@ -81,10 +81,12 @@ def distributed(parallel: Parallel, seed: int) -> Iterator[Layout]:
                 virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
                 context_parallel_size=parallel.context,
             )
-            random.seed(seed)
-            numpy.random.seed(seed % 2**32)
-            torch.manual_seed(seed)
-            tensor_parallel.model_parallel_cuda_manual_seed(seed)
+            # Pipeline stages must not begin with the same weights; data- and tensor-parallel ranks must agree.
+            own_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+            random.seed(own_seed)
+            numpy.random.seed(own_seed % 2**32)
+            torch.manual_seed(own_seed)
+            tensor_parallel.model_parallel_cuda_manual_seed(own_seed)
             yield Layout(
                 rank=rank,
                 world_size=world,

@@ -121,8 +121,9 @@ class TrainedModel(ScoredModel):
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=parallel.distributed_optimizer,
+            # Overlapped parameter gathering is left out: it waits in the forward hooks of the modules, but the head and
+            # checkpoints read weights without calling the modules that hold them.
             overlap_grad_reduce=parallel.overlap,
-            overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
         )
         with redirected():
             wrapped = [
@@ -137,9 +138,6 @@ class TrainedModel(ScoredModel):
         if parallel.overlap:
             chunked = parallel.virtual_pipeline is not None
             config.no_sync_func = [c.no_sync for c in wrapped] if chunked else wrapped[0].no_sync
-            if parallel.distributed_optimizer:
-                starts = [c.start_param_sync for c in wrapped]
-                config.param_sync_func = starts if chunked else starts[0]
 
     def train_step(
         self, micro_batches: list[TokenBatch], objective: Objective, *, temperature: float = 1.0, with_entropy: bool = False

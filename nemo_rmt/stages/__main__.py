@@ -8,43 +8,54 @@ from __future__ import annotations
 
 import importlib
 import logging
+import multiprocessing
 import os
 import sys
 import traceback
 import warnings
 from pathlib import Path
 
+import yaml
+
 from nemo_rmt.errors import UserError
-from nemo_rmt.process import die_with_parent
+from nemo_rmt.process import REFUSAL, WRONG_INPUT, die_with_parent
 from nemo_rmt.stages.job import StageJob
 
 # Megatron-Core says on import which optional packages it does without; here they are left out on purpose.
-EXPECTED_WARNINGS = ("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is deprecated")
+EXPECTED_WARNINGS = (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "full scope is deprecated",
+)
 
 
 def main(argv: list[str]) -> int:
     """Run the stage named by a stage.yaml and return the exit status."""
     if len(argv) != 1:
         print("usage: python -m nemo_rmt.stages STAGE.yaml", file=sys.stderr)
-        return 2
+        return WRONG_INPUT
     path, rank = Path(argv[0]).absolute(), int(os.environ.get("RANK", "0"))
     die_with_parent()
     try:
         job = StageJob.load(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         print(f"error: cannot read {path}: {error}", file=sys.stderr)
-        return 2
+        return WRONG_INPUT
     start_logging(path.parent / "log" / f"rank_{rank}.log")
     try:
         run(job, path.parent, rank)
     except UserError as error:
         logging.error("%s", error)
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        (path.parent / REFUSAL).write_text(f"{error}\n", encoding="utf-8")
+        return WRONG_INPUT
     except Exception:
         logging.exception("stage %s failed on rank %d", job.stage, rank)
         traceback.print_exc()
         return 1
+    finally:
+        for child in multiprocessing.active_children():  # a checkpoint's writer, which Python would wait for
+            child.kill()
     return 0
 
 

@@ -24,8 +24,8 @@ class StageJob(Section):
     inputs: dict[str, str] = {}
     """Folders the stage reads, by role, relative to the run folder or absolute. ``data``: the data stage's
     folder (all but the data stage). ``checkpoint``: where training starts. ``reference``: ReMiT's RL model.
-    evaluate: ``unigram`` is not here; its roles other than ``data`` are stage names in chain order, the
-    last being the iteration's final model."""
+    The roles of evaluate other than ``data`` are stage names in chain order, the last being the
+    iteration's final model."""
     recipe: Recipe
     """The flywheel's resolved recipe."""
 

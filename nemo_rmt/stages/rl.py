@@ -11,7 +11,7 @@ from nemo_rmt.data.batch import TokenBatch
 from nemo_rmt.data.tasks import Problem, TaskFamily, guarded_score
 from nemo_rmt.errors import UserError
 from nemo_rmt.megatron.head import TokenScores
-from nemo_rmt.megatron.runtime import max_over_data_parallel, sum_over_data_parallel
+from nemo_rmt.megatron.runtime import broadcast_from_last_stage, max_over_data_parallel, sum_over_data_parallel
 from nemo_rmt.objectives import LossOutput, group_advantages, grpo_loss, standard_deviation
 from nemo_rmt.rollout.engine import Rollout, Sampling
 from nemo_rmt.rollout.in_process import InProcessEngine
@@ -79,9 +79,10 @@ def run(session: Session) -> None:
         micro_batches = batch.micro_batches(settings.micro_batch_size)
         for _ in range(grpo.updates_per_rollout):
             metrics = training.model.train_step(micro_batches, objective, temperature=temperature, with_entropy=True)
-        errors = [micro.extras["logprob_error"].max().item() for micro in micro_batches if "logprob_error" in micro.extras]
-        if errors:
-            metrics["rollout/logprob_error_max"] = max_over_data_parallel(max(errors))
+        if grpo.updates_per_rollout == 1:
+            errors = [micro.extras["logprob_error"].max().item() for micro in micro_batches if "logprob_error" in micro.extras]
+            worst = max_over_data_parallel(max(errors, default=0.0))  # only the last pipeline stage has errors
+            metrics["rollout/logprob_error_max"] = broadcast_from_last_stage(worst)
         rollout_metrics, tokens = summarise(session, scored)
         training.record({**metrics, **rollout_metrics}, tokens=tokens)
 

@@ -139,9 +139,11 @@ class Training:
         updates = self.settings.steps * updates_per_step
         self.model = TrainedModel(chunks, recipe.model, recipe.parallel, self.settings.optim, updates)
         self.done, self.tokens, self.wall_s = 0, 0, 0.0
+        self.metrics: dict[str, float] = {}
         if resumed is not None:
             progress = load_training(resumed, self.model, with_schedule=True)
             self.done, self.tokens, self.wall_s = progress["step"], progress["tokens"], progress["wall_s"]
+            self.metrics = progress["metrics"]  # the result's, when the last step was saved but the result was not
         elif start is not None and with_optimizer:
             load_training(start, self.model, with_schedule=False)
         self.checkpoints = Checkpoints(
@@ -157,7 +159,6 @@ class Training:
             },
         )
         self.last: Path | None = resumed
-        self.metrics: dict[str, float] = {}
 
     def steps(self) -> Iterator[int]:
         """The steps still to do, from 0. After each the caller must have called ``record``; ends with result.json."""
@@ -177,7 +178,7 @@ class Training:
                     raise RuntimeError(f"step {step} ended without a record")
                 self.checkpoints.poll()
                 if self.done % self.settings.checkpoint_interval == 0 or self.done == self.settings.steps:
-                    progress = {"tokens": self.tokens, "wall_s": self.wall_s}
+                    progress = {"tokens": self.tokens, "wall_s": self.wall_s, "metrics": self.metrics}
                     self.last = self.checkpoints.save(self.done, self.model, progress)
             self.checkpoints.finish()
         self.session.finish(self.metrics, checkpoint=self.last, wall_s=self.wall_s, tokens=self.tokens)
