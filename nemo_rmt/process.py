@@ -22,7 +22,7 @@ STOP_GRACE_S = 20.0
 WRONG_INPUT = 2
 """Exit status of a worker that refused its input."""
 REFUSAL = Path("log") / "refused"
-"""Where a worker that refuses its input leaves the reason, in its stage's folder: torchrun turns every status into 1."""
+"""Where a worker that refuses its input leaves the reason, in the stage's folder: torchrun turns any status into 1."""
 
 
 class Interrupted(BaseException):

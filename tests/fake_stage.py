@@ -1,7 +1,7 @@
 """Stands in for a stage's process in tests of the state machine: notes that it ran, then leaves a result.
 
 A file ``plan.json`` in the run folder maps "iteration/stage" to what goes wrong: an exit status, "hang"
-(after a checkpoint), or "no result".
+(after a checkpoint), "no result", or "refused" (wrong input, as it looks from outside torchrun).
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ def main(stage_yaml: Path) -> int:
         time.sleep(120)
     if isinstance(fault, int):
         return fault
+    if fault == "refused":
+        (folder / "log").mkdir(exist_ok=True)
+        (folder / "log" / "refused").write_text("wrong input\n")
+        return 1
     if fault == "no result":
         return 0
     checkpoint = None

@@ -1,8 +1,8 @@
 """Distributed checkpoints: atomic, rotated, loadable at any layout, refused when they do not belong.
 
 A checkpoint is written to ``step_XXXXXXXX.tmp`` by Megatron (every rank its shards), completed by ``manifest.json``,
-which lists its files and their sizes, and renamed: a folder named ``step_XXXXXXXX`` is complete. Reading metadata and finding
-the latest complete one needs no torch and lives in ``nemo_rmt.run_folder``.
+which lists its files and their sizes, and renamed: a folder named ``step_XXXXXXXX`` is complete. Reading the manifest
+and finding the latest complete checkpoint needs no torch and lives in ``nemo_rmt.run_folder``.
 """
 
 from __future__ import annotations
@@ -97,10 +97,10 @@ class Checkpoints:
                 os.fsync(file.fileno())
             shutil.rmtree(target, ignore_errors=True)
             os.replace(draft, target)
-            others = sorted(path for path in self.folder.glob("step_*") if path.suffix != ".tmp" and path != target)
-            # One of a later step was damaged when this stage resumed from before it: it must not outlive this one.
-            earlier = [path for path in others if path.name < target.name]
-            for old in {*others} - {*earlier[len(earlier) + 1 - self.keep :]}:
+            complete = sorted(path for path in self.folder.glob("step_*") if path.suffix != ".tmp")
+            # Later ones were damaged, or this stage would have resumed from them: they must not crowd this one out.
+            newest_first = complete[complete.index(target) :: -1]
+            for old in set(complete) - set(newest_first[: self.keep]):
                 shutil.rmtree(old)
         dist.barrier()
 

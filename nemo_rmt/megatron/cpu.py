@@ -53,8 +53,8 @@ class _Redirect(TorchFunctionMode):
 def without_compiler() -> contextlib.AbstractContextManager:
     """A block in which torch.compile leaves functions as they are, to import Megatron-Core in.
 
-    It decorates small functions with torch.compile as it is imported. On a CPU that loads the compiler (seconds of every
-    process's start) and would build C++ at the first call.
+    It decorates small functions with torch.compile as it is imported. On a CPU that loads the compiler (seconds of
+    every process's start) and would build C++ at the first call.
     """
     if torch.cuda.is_available():
         return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""Batched sampling with a key/value cache straight from the live training weights, at any tensor and pipeline layout."""
+"""Batched sampling with a key/value cache, straight from the live training weights, at any layout."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def _draw(logits: Tensor | None, uniform: Tensor, temperature: float, top_p: flo
 
 
 def _inverse_cumulative(logprobs: Tensor, uniform: Tensor, top_p: float) -> Tensor:
-    """Invert the cumulative distribution at ``uniform``; in float64, so that layouts agree on all but a hair's breadth."""
+    """Invert the cumulative distribution at ``uniform``; in float64, so that layouts agree but for a hair's breadth."""
     probabilities = logprobs.double().exp()
     if top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True)

@@ -155,6 +155,6 @@ def token_scores(
     chunk = chunk or max(1, LOGITS_AT_ONCE // weight.shape[0])
     weight = weight[: max(0, min(end, vocab_size) - start)]
     sequence, batch, width = hidden.shape
-    flat = hidden.reshape(sequence * batch, width)
-    outputs = _ChunkedLogprob.apply(flat, weight, labels.t().reshape(-1), temperature, chunk, with_entropy, group, start)
+    tokens, targets = hidden.reshape(sequence * batch, width), labels.t().reshape(-1)
+    outputs = _ChunkedLogprob.apply(tokens, weight, targets, temperature, chunk, with_entropy, group, start)
     return TokenScores(*(output.view(sequence, batch).t() for output in outputs))

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -154,7 +157,9 @@ def transformer_config(settings: Model, parallel: Parallel) -> TransformerConfig
     )
 
 
-def layer_spec(settings: Model, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules | ModuleSpec:
+def layer_spec(
+    settings: Model, config: TransformerConfig, vp_stage: int | None
+) -> TransformerBlockSubmodules | ModuleSpec:
     """The layers of one model chunk, with our attention in every one.
 
     Raises UserError when Transformer Engine layers are asked for and cannot run here.

@@ -140,7 +140,12 @@ class TrainedModel(ScoredModel):
             config.no_sync_func = [c.no_sync for c in wrapped] if chunked else wrapped[0].no_sync
 
     def train_step(
-        self, micro_batches: list[TokenBatch], objective: Objective, *, temperature: float = 1.0, with_entropy: bool = False
+        self,
+        micro_batches: list[TokenBatch],
+        objective: Objective,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
     ) -> dict[str, float | list[float]]:
         """One optimizer step over this data-parallel rank's micro-batches (the same number on every rank).
 

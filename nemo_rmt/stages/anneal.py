@@ -1,4 +1,4 @@
-"""Annealing: the learning rate decays to zero while every token is weighted uniformly or by ReMiT (arXiv 2602.03075)."""
+"""Annealing: the learning rate decays to zero, every token weighted uniformly or by ReMiT (arXiv 2602.03075)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def run(session: Session) -> None:
     start = session.require_input("checkpoint")
     weighted = settings.objective == "remit" and "reference" in session.job.inputs
     # Annealing the same checkpoint again, in another iteration, sees the same rows in the same order.
-    batch_of = corpus_batches(session, "anneal", session.job.iteration if recipe.flywheel.start_from == "previous" else 0)
+    order = session.job.iteration if recipe.flywheel.start_from == "previous" else 0
+    batch_of = corpus_batches(session, "anneal", order)
     scorers = {}
     if weighted:
         scorers["reference_logprobs"] = session.frozen_model(session.require_input("reference"))

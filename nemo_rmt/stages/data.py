@@ -61,7 +61,8 @@ def write_corpus(
         size, tokens = write_dataset(prefix, encoded(texts, tokenizer), tokenizer.vocab_size)
         if not tokens:
             raise UserError(
-                f"data.corpora[{corpus.name}] has no {split} documents: give it more documents or another held_out fraction"
+                f"data.corpora[{corpus.name}] has no {split} documents: give it more documents or another held_out "
+                f"fraction than {corpus.held_out}"
             )
         metrics |= {f"data/{corpus.name}/{split}_documents": size, f"data/{corpus.name}/{split}_tokens": tokens}
         counts.append(token_counts(prefix, tokenizer.vocab_size))

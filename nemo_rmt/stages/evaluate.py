@@ -51,7 +51,8 @@ def evaluate_text(session: Session, model: ScoredModel) -> tuple[dict[str, float
     """Nats per held-out token of every domain, and next-token accuracy by the model's own entropy."""
     settings, totals, scored = session.recipe.evaluate, defaultdict(float), 0
     for corpus in session.recipe.data.corpora:
-        rows = held_out_rows(session.data_folder / corpus.name / "held_out", settings.sequence_length, settings.max_tokens)
+        prefix = session.data_folder / corpus.name / "held_out"
+        rows = held_out_rows(prefix, settings.sequence_length, settings.max_tokens)
         batch = whole_batches(session, rows, settings.micro_batch_size)
         scores = model.score(batch, settings.micro_batch_size, with_entropy=True)
         sums = {}
@@ -127,10 +128,10 @@ def evaluate_problems(
                 temperature=temperature,
             ),
         )
-        outcomes = [
-            (guarded_score(task, problems[mine[position // times]], response_text(session, rollout))[0], len(rollout.response))
-            for position, rollout in enumerate(rollouts)
-        ]
+        outcomes = []
+        for position, rollout in enumerate(rollouts):
+            score, _ = guarded_score(task, problems[mine[position // times]], response_text(session, rollout))
+            outcomes.append((score, len(rollout.response)))
         return [outcomes[start : start + times] for start in range(0, len(outcomes), times)]
 
     drawn = gather_over_data_parallel(sample(samples, 1.0) if mine else [])

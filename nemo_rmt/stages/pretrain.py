@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from nemo_rmt.data.batch import TokenBatch
 from nemo_rmt.megatron.head import TokenScores
 from nemo_rmt.objectives import LossOutput, ntp_loss
@@ -13,8 +15,8 @@ def next_token(scores: TokenScores, batch: TokenBatch) -> LossOutput:
     return ntp_loss(scores.logprobs, batch.loss_mask)
 
 
-def corpus_batches(session: Session, *names: str | int):
-    """A function from step to this rank's TokenBatch of the stage's blend, in an order fixed by the seed and ``names``."""
+def corpus_batches(session: Session, *names: str | int) -> Callable[[int], TokenBatch]:
+    """A function from step to this rank's rows of the stage's blend, in an order fixed by the seed and ``names``."""
     settings = session.settings
     rows = session.training_rows(settings, *names)
 

@@ -72,17 +72,16 @@ def run(session: Session) -> None:
         problems = draw_problems(session, step)
         scored = sample_and_score(session, engine, problems, step)
         batch = pack(session, scored, grpo)
+        size = settings.micro_batch_size
         if reference is not None:
-            attach(batch, "reference_logprobs", reference.score(batch, settings.micro_batch_size, temperature=temperature))
+            attach(batch, "reference_logprobs", reference.score(batch, size, temperature=temperature))
         if grpo.updates_per_rollout > 1:  # strictly on-policy, the old log-probabilities are the policy's own
-            attach(batch, "old_logprobs", training.model.score(batch, settings.micro_batch_size, temperature=temperature))
-        micro_batches = batch.micro_batches(settings.micro_batch_size)
+            attach(batch, "old_logprobs", training.model.score(batch, size, temperature=temperature))
+        micro_batches = batch.micro_batches(size)
         for _ in range(grpo.updates_per_rollout):
             metrics = training.model.train_step(micro_batches, objective, temperature=temperature, with_entropy=True)
         if grpo.updates_per_rollout == 1:
-            errors = [micro.extras["logprob_error"].max().item() for micro in micro_batches if "logprob_error" in micro.extras]
-            worst = max_over_data_parallel(max(errors, default=0.0))  # only the last pipeline stage has errors
-            metrics["rollout/logprob_error_max"] = broadcast_from_last_stage(worst)
+            metrics["rollout/logprob_error_max"] = largest_error(micro_batches)
         rollout_metrics, tokens = summarise(session, scored)
         training.record({**metrics, **rollout_metrics}, tokens=tokens)
 
@@ -115,9 +114,8 @@ def sample_and_score(
             top_p=rollout.top_p,
         ),
     )
-    scores = [
-        guarded_score(*problems[index // size], response_text(session, rollout)) for index, rollout in enumerate(rollouts)
-    ]
+    texts = [response_text(session, rollout) for rollout in rollouts]
+    scores = [guarded_score(*problems[index // size], text) for index, text in enumerate(texts)]
     rewards = torch.tensor([score for score, _ in scores]).view(-1, size)
     return ScoredRollouts(
         rollouts=rollouts,
@@ -168,6 +166,12 @@ def attach(batch: TokenBatch, name: str, scores: TokenScores | None) -> None:
     """Keep scored log-probabilities with the batch, on the stage that has them."""
     if scores is not None:
         batch.extras[name] = scores.logprobs
+
+
+def largest_error(micro_batches: list[TokenBatch]) -> float:
+    """The largest difference of log-probabilities between sampler and trainer, which the last pipeline stage knows."""
+    errors = [micro.extras["logprob_error"].max().item() for micro in micro_batches if "logprob_error" in micro.extras]
+    return broadcast_from_last_stage(max_over_data_parallel(max(errors, default=0.0)))
 
 
 def summarise(session: Session, scored: ScoredRollouts) -> tuple[dict[str, float], int]:

@@ -72,7 +72,9 @@ class Session:
     def training_rows(self, settings: Stage, *names: str | int) -> TrainingRows:
         """The stage's blend of corpora; ``names`` decide its order."""
         prefixes = {
-            self.data_folder / corpus.name / "train": corpus.weight for corpus in self.recipe.data.corpora if corpus.weight
+            self.data_folder / corpus.name / "train": corpus.weight
+            for corpus in self.recipe.data.corpora
+            if corpus.weight
         }
         for prefix in prefixes:
             if not dataset_exists(prefix):
@@ -87,7 +89,7 @@ class Session:
         )
 
     def padded_batch(self, examples: list[tuple[list[int], list[float]]], limit: int) -> TokenBatch:
-        """Right-padded rows of (tokens, loss mask) pairs on this device, as wide as the longest and at most ``limit``."""
+        """Right-padded rows of (tokens, loss mask) pairs on this device, as wide as the longest, at most ``limit``."""
         longest = max(len(tokens) for tokens, _ in examples) - 1
         multiple = 8 * self.recipe.parallel.tensor
         width = limit if longest > limit else min(limit, -(-longest // multiple) * multiple)
@@ -113,8 +115,8 @@ class Session:
             return
         run_dir = (self.folder / self.job.run_dir).resolve()
         relative = None if checkpoint is None else str(checkpoint.resolve().relative_to(run_dir))
-        result = {"status": "done", "metrics": metrics, "checkpoint": relative, "wall_s": round(wall_s, 3), "tokens": tokens}
-        write_json(self.folder / "result.json", result)
+        result = {"status": "done", "metrics": metrics, "checkpoint": relative}
+        write_json(self.folder / "result.json", {**result, "wall_s": round(wall_s, 3), "tokens": tokens})
 
 
 class Training:
@@ -127,7 +129,9 @@ class Training:
         updates_per_step: optimizer updates in one step of the loop.
     """
 
-    def __init__(self, session: Session, start: Path | None, *, with_optimizer: bool = False, updates_per_step: int = 1):
+    def __init__(
+        self, session: Session, start: Path | None, *, with_optimizer: bool = False, updates_per_step: int = 1
+    ):
         self.session = session
         recipe, self.settings = session.recipe, session.settings
         if start is not None:
@@ -187,7 +191,7 @@ class Training:
         """Log one finished step.
 
         Args:
-            metrics: by "group/name", or bare names for the group "train". Lists (histograms) become name_00, name_01, ...
+            metrics: by "group/name", or bare names for the group "train". Lists (histograms) become name_00, ...
             tokens: tokens the step processed over all ranks.
         """
         now = time.perf_counter()

@@ -16,9 +16,8 @@ def run(session: Session) -> None:
     training = Training(session, session.require_input("checkpoint"))
     for step in training.steps():
         first = step * settings.global_batch_size
-        rows = [
-            session.tokenizer.chat_example(examples[first + index]) for index in session.shard(settings.global_batch_size)
-        ]
+        mine = [first + index for index in session.shard(settings.global_batch_size)]
+        rows = [session.tokenizer.chat_example(examples[index]) for index in mine]
         batch = session.padded_batch(rows, settings.sequence_length)
         metrics = training.model.train_step(batch.micro_batches(settings.micro_batch_size), next_token)
         tokens = sum_over_data_parallel({"tokens": sum(len(tokens) for tokens, _ in rows)})["tokens"]

@@ -27,7 +27,7 @@ TOLERANCE = 1e-5
 
 
 def write_jobs(run: Path, name: str, processes: int, parallel: dict) -> list[Path]:
-    """One stage.yaml per arm, all from the same starting checkpoint."""
+    """A stage.yaml for each arm and for evaluation, all from the same starting checkpoint."""
     recipe = small_recipe(
         str(run),
         parallel=parallel,
@@ -37,13 +37,16 @@ def write_jobs(run: Path, name: str, processes: int, parallel: dict) -> list[Pat
     )
     recipe.anneal.checkpoint_interval = 3
     start = {"data": "iteration_000/data", "checkpoint": "start/pretrain/checkpoints/step_00000005"}
-    inputs = {"uniform": start, "remit": {**start, "reference": "start/sft/checkpoints/step_00000005"}, "grpo": start}
-    paths = []
-    for arm in ARMS:
-        job = StageJob(stage="rl" if arm == "grpo" else "anneal", iteration=1, inputs=inputs[arm], recipe=recipe)
-        paths.append(run / name / arm / "stage.yaml")
-        job.save(paths[-1])
-    return paths
+    reference = "start/sft/checkpoints/step_00000005"
+    jobs = {
+        "uniform": ("anneal", start),
+        "remit": ("anneal", {**start, "reference": reference}),
+        "evaluate": ("evaluate", {"data": start["data"], "sft": start["checkpoint"], "rl": reference}),
+        "grpo": ("rl", start),
+    }
+    for arm, (stage, inputs) in jobs.items():
+        StageJob(stage=stage, iteration=1, inputs=inputs, recipe=recipe).save(run / name / arm / "stage.yaml")
+    return [run / name / arm / "stage.yaml" for arm in jobs]
 
 
 def losses(stage: Path) -> dict[str, list[float]]:
@@ -83,6 +86,14 @@ def test_losses_and_gradient_norms_equal_one_rank(run, layout, arm):
     expected, found = (losses(run / name / arm / "stage.yaml") for name in ("one_rank", layout))
     for name, values in expected.items():
         assert found[name] == pytest.approx(values, rel=TOLERANCE, abs=1e-7), name
+
+
+def test_evaluation_equals_one_rank(run, layout):
+    expected, found = (
+        json.loads((run / name / "evaluate" / "result.json").read_text()) for name in ("one_rank", layout)
+    )
+    assert found["tokens"] == expected["tokens"]
+    assert found["metrics"] == pytest.approx(expected["metrics"], rel=TOLERANCE, abs=1e-7)
 
 
 def test_objectives_differ_so_that_parity_means_something(run):

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call: the tests marked gpu, then the benchmarks. Needs the package installed with a
+# CUDA build of PyTorch: benchmarks/gpu_check.sh [PYTHON]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${1:-python3}
+
+"$python" - <<'PY'
+import sys
+import torch
+if not torch.cuda.is_available():
+    sys.exit("gpu_check: no CUDA GPU is visible to PyTorch")
+print(f"gpu_check: {torch.cuda.get_device_name()}, PyTorch {torch.__version__}")
+PY
+"$python" -m pytest -q -m gpu -rs
+"$python" benchmarks/logprob_head.py --vocab 151936 --tokens 2048
