@@ -29,7 +29,10 @@ def require_compatible(
 
     tokenizer: the fingerprint of the run's tokenizer. key: what the checkpoint is called in the message.
     """
-    info = inspect_checkpoint(folder)
+    try:
+        info = inspect_checkpoint(folder)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
     ours, theirs = architecture(model.model_dump()), architecture(info.model)
     differing = [
         f"model.{name} is {theirs[name]} in the checkpoint, {ours[name]} in the recipe"

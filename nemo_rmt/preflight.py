@@ -135,18 +135,14 @@ def _check_corpora(recipe: Recipe) -> None:
 
 
 def _check_tasks(recipe: Recipe) -> None:
+    from nemo_rmt.data.sft import SFTExamples
     from nemo_rmt.data.tasks import make_task
 
     if not recipe.data.tasks:
         raise UserError("data.tasks is empty: RL and evaluation need at least one task, for example [{name: chains}]")
     for task in recipe.data.tasks:
         make_task(task)
-    if recipe.data.sft_path is not None:
-        path = Path(recipe.data.sft_path)
-        if not path.is_file() or path.stat().st_size == 0:
-            raise UserError(
-                f"data.sft_path={path} is missing or empty: give a JSONL file of {{'messages': [...]}} lines"
-            )
+    SFTExamples(recipe.data, recipe.seed)  # reads every line of sft_path
 
 
 def _check_tokenizer_and_checkpoints(recipe: Recipe) -> int:

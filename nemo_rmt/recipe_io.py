@@ -170,7 +170,7 @@ def _converted(current: Any, value: Any, annotation: Any, path: tuple[str, ...])
         # pydantic would read true as 1
         raise UserError(f"{'.'.join(path)}={_short(value)}: expected {_expected(annotation)}")
     if isinstance(value, dict) and isinstance(current, dict):
-        return {**current, **value}
+        return {**current, **value} if value else {}  # an empty mapping is the only way to take keys away
     return value
 
 

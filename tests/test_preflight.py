@@ -108,8 +108,8 @@ def test_a_fitting_checkpoint_passes(tmp_path, tokenizer, matching, key):
     [
         ({"tokenizer": "0" * 64}, "another tokenizer .fingerprint 000000000000"),
         ({"vocab_size": 511}, "vocabulary of 511"),
-        ({"model": Recipe().model.model_dump() | {"num_layers": 6, "qk_norm": True}},
-         "model.num_layers is 6 in the checkpoint, 4 in the recipe; model.qk_norm is True"),
+        ({"model": Recipe().model.model_dump() | {"num_layers": 6, "qkv_bias": True}},
+         "model.num_layers is 6 in the checkpoint, 4 in the recipe; model.*qkv_bias is True"),
         ({"files": {"weights.distcp": 2000}}, "truncated: weights.distcp has 1000 bytes instead of 2000"),
         ({"format": 9}, "format 9"),
     ],

@@ -14,6 +14,9 @@ from nemo_rmt.errors import UserError
 from nemo_rmt.recipe_io import known_keys, load_recipe, recipe_differences, resolved_yaml
 
 
+TINY = load_recipe("tiny", [], [])
+
+
 def write(folder: Path, text: str, name: str = "part.yaml") -> Path:
     path = folder / name
     path.write_text(text)
@@ -43,8 +46,8 @@ def test_without_a_name_every_key_has_its_default():
     [
         ("data.corpora.1.weight=2", lambda r: r.data.corpora[1].weight == 2.0),
         ("anneal.optim.lr=3e-4", lambda r: r.anneal.optim.lr == 3e-4),
-        ("anneal.optim.lr*=0.5", lambda r: r.anneal.optim.lr == 1.5e-3),
-        ("anneal.steps*=0.07", lambda r: r.anneal.steps == 28),
+        ("anneal.optim.lr*=0.5", lambda r: r.anneal.optim.lr == TINY.anneal.optim.lr * 0.5),
+        ("anneal.steps*=0.1", lambda r: r.anneal.steps == TINY.anneal.steps // 10),
         ("iterations+=1", lambda r: r.iterations == 3),
         ("evaluate.tier_edges=[0.25, 1]", lambda r: r.evaluate.tier_edges == (0.25, 1.0)),
         ("tokenizer.chat_template=null", lambda r: r.tokenizer.chat_template is None),
@@ -52,6 +55,8 @@ def test_without_a_name_every_key_has_its_default():
         ("run_dir=2026", lambda r: r.run_dir == "2026"),
         ("data.tasks.0.longer.lengths=[8]", lambda r: r.data.tasks[0].longer == {"lengths": [8]}),
         ("data.corpora.1.options.error_rate=1e-1", lambda r: r.data.corpora[1].options == {"error_rate": 0.1}),
+        ("data.sft_options={}", lambda r: r.data.sft_options == {}),
+        ("data.sft_options.direct=0.5", lambda r: r.data.sft_options == {**TINY.data.sft_options, "direct": 0.5}),
         ("anneal.remit={epsilon: 0.5}", lambda r: r.anneal.remit.epsilon == 0.5 and r.anneal.remit.scale == 1.0),
     ],
 )
@@ -133,6 +138,6 @@ def test_every_key_has_a_comment():
 def test_differences_name_the_key_and_both_values():
     a, b = load_recipe("tiny", [], []), load_recipe("tiny", [], ["anneal.steps=9", "data.corpora=[]"])
     steps, corpora = sorted(recipe_differences(a, b), key=len)
-    assert steps == "anneal.steps: 400 -> 9"
+    assert steps == f"anneal.steps: {a.anneal.steps} -> 9"
     assert corpora.startswith("data.corpora: [") and corpora.endswith("-> []")
     assert recipe_differences(a, a) == []

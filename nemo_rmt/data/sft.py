@@ -30,7 +30,10 @@ class SFTExamples:
         if data.sft_path is not None:
             self._source: _File | _Generated = _File(Path(data.sft_path).expanduser(), seed)
             if data.sft_options:
-                raise UserError("data.sft_options apply to generated solutions only: unset them or data.sft_path")
+                raise UserError(
+                    f"data.sft_options={data.sft_options} apply to generated solutions only, and data.sft_path is set: "
+                    "set data.sft_options={} or data.sft_path=null"
+                )
         else:
             self._source = _Generated(data, seed)
 

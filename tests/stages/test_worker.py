@@ -21,6 +21,7 @@ from nemo_rmt.stages.job import StageJob
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
 LIMIT_S = 120
+pytestmark = pytest.mark.slow
 
 
 def start(stage_yaml: Path) -> subprocess.Popen:
