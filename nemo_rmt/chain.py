@@ -13,8 +13,10 @@ from nemo_rmt.config import Recipe
 from nemo_rmt.recipe_io import changed_keys, describe_change
 
 MAY_CHANGE = (
-    "name", "run_dir", "iterations", "cluster.*", "tracking.*", "parallel.*", "flywheel.keep_checkpoints",
-    "flywheel.async_save", "*.checkpoint_interval", "*.micro_batch_size", "model.logprob_chunk",
+    "name", "run_dir", "iterations", "cluster.*", "tracking.*", "parallel.tensor", "parallel.pipeline",
+    "parallel.virtual_pipeline", "parallel.context", "parallel.sequence", "parallel.overlap", "parallel.recompute",
+    "flywheel.keep_checkpoints", "flywheel.async_save", "*.checkpoint_interval", "*.micro_batch_size",
+    "model.logprob_chunk",
 )  # fmt: skip
 """Keys that do not decide a run's results: another start of the same run may give them other values."""
 

@@ -214,7 +214,11 @@ class FlywheelRun:
                 inputs[role] = self.run.relative(self.folder(source))
             else:
                 inputs[role] = self.checkpoint(source)
-        return StageJob(stage=ref.stage, iteration=ref.iteration, inputs=inputs, recipe=self.recipe)
+        recipe = self.recipe
+        if ref.stage == "anneal" and "reference" not in inputs:
+            # Iteration 0 has no RL model yet. Its stage.yaml says so: without a reference ReMiT is refused.
+            recipe = recipe.model_copy(update={"anneal": recipe.anneal.model_copy(update={"objective": "uniform"})})
+        return StageJob(stage=ref.stage, iteration=ref.iteration, inputs=inputs, recipe=recipe)
 
     def checkpoint(self, ref: StageRef) -> str:
         """A finished stage's checkpoint relative to the run, after checking that it is whole."""

@@ -31,6 +31,12 @@ class Optim(Section):
     epsilon: PositiveFloat = 1e-8
     """Adam's epsilon."""
 
+    @model_validator(mode="after")
+    def _decay(self) -> "Optim":
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}: lower min_lr")
+        return self
+
 
 class Stage(Section):
     """What every stage has."""

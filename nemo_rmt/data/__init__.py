@@ -1,6 +1,6 @@
 """From files and generators to token batches: tokenizer, corpora, tasks with verifiers, SFT examples.
 
-Nothing here knows about Megatron or processes, and only ``batch`` imports torch: the command line's
+Nothing here knows about Megatron or processes, and only ``batch`` and ``tree`` import torch: the command line's
 pre-flight reads corpora and tasks without it.
 
 - ``tokenizer``: a tokenizer folder, or a byte-level BPE trained on the corpora; conversations to tokens.
@@ -8,4 +8,5 @@ pre-flight reads corpora and tasks without it.
 - ``tasks``: problems with verifiers, for RL and evaluation.
 - ``sft``: conversations for supervised fine-tuning, from a file or generated.
 - ``batch``: ``TokenBatch``, what every training objective and evaluation is given.
+- ``tree``: documents with the responses that branch off them, packed so that a document is computed once.
 """

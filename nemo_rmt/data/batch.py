@@ -24,9 +24,13 @@ class TokenBatch:
     segment_ids: Tensor
     """int64; index of the document within the row, -1 at padding. A token attends within its own only."""
     position_ids: Tensor
-    """int64; 0 to sequence - 1."""
+    """int64; 0 to sequence - 1, unless documents branch."""
     extras: dict[str, Tensor] = field(default_factory=dict)
     """float; what travels with the tokens, such as reference_logprobs and advantages."""
+    branch_ids: Tensor | None = None
+    """int64; 0 in a document, 1, 2, ... in the branches of the row's documents. None: nothing branches (see tree)."""
+    fork_columns: Tensor | None = None
+    """int64; in a branch: it sees the columns of its document before this one. 0 elsewhere; None with branch_ids."""
 
     @classmethod
     def from_documents(cls, tokens: Tensor, eod: int, document_attention: bool) -> TokenBatch:
@@ -102,7 +106,8 @@ class TokenBatch:
         """A batch of every tensor changed."""
         extras = {name: change(tensor) for name, tensor in self.extras.items()}
         fields = (self.tokens, self.labels, self.loss_mask, self.segment_ids, self.position_ids)
-        return TokenBatch(*map(change, fields), extras)
+        tree = (None if tensor is None else change(tensor) for tensor in (self.branch_ids, self.fork_columns))
+        return TokenBatch(*map(change, fields), extras, *tree)
 
 
 def _positions(tokens: Tensor) -> Tensor:

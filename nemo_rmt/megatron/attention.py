@@ -84,8 +84,28 @@ def document_mask(segment_ids: Tensor) -> Tensor:
     Returns:
         ``[batch, 1, sequence, sequence]`` boolean, True where a query may attend.
     """
+    return tree_mask(segment_ids)
+
+
+def tree_mask(segment_ids: Tensor, branch_ids: Tensor | None = None, fork_columns: Tensor | None = None) -> Tensor:
+    """Causal attention within documents, from whose middle branches may fork.
+
+    A token sees what is before it in its document, or in its branch and in its branch's document before the fork.
+
+    Args:
+        segment_ids, branch_ids, fork_columns: ``[batch, sequence]``, see TokenBatch; the latter two are None when
+            nothing branches.
+
+    Returns:
+        ``[batch, 1, sequence, sequence]`` boolean, True where a query may attend.
+    """
     same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    return same & torch.ones(same.shape[-2:], dtype=torch.bool, device=same.device).tril()
+    visible = same & torch.ones(same.shape[-2:], dtype=torch.bool, device=same.device).tril()
+    if branch_ids is None:
+        return visible
+    keys, columns = branch_ids[:, None, None, :], torch.arange(branch_ids.shape[1], device=branch_ids.device)
+    before_fork = (keys == 0) & (columns < fork_columns[:, None, :, None])
+    return visible & ((branch_ids[:, None, :, None] == keys) | before_fork)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nemo_rmt.config import Model, Optim, Parallel
 from nemo_rmt.data.batch import TokenBatch
-from nemo_rmt.megatron.attention import document_mask
+from nemo_rmt.megatron.attention import tree_mask
 from nemo_rmt.megatron.cpu import redirected
 from nemo_rmt.megatron.head import TokenScores
 from nemo_rmt.megatron.model import LogprobGPT
@@ -81,7 +81,7 @@ class ScoredModel:
             output = model(
                 micro.tokens,
                 micro.position_ids,
-                document_mask(micro.segment_ids),
+                tree_mask(micro.segment_ids, micro.branch_ids, micro.fork_columns),
                 micro.labels,
                 temperature=temperature,
                 with_entropy=with_entropy,

@@ -1,4 +1,4 @@
-"""RMT's dual objective: reinforcement on the reasoned tokens, next-token prediction on all others (arXiv 2509.24375)."""
+"""RMT's dual objective: reinforcement on the reasoned tokens, next-token prediction on the rest (arXiv 2509.24375)."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ def rmt_loss(
     true ones: a micro-batch with one kind of token, or with none, needs no special case, and λ = 0 (no NTP) gives
     L_RL / N_RL whatever the NTP mask.
 
-    The dual objective and λ = 0.1 are the paper's, and that the RL tokens are masked out of NTP, which is up to the
-    masks; a count of its own for each term is our reading. Metrics: ``loss``, the dual loss; those of the
-    terms as ``rl/<name>`` and ``ntp/<name>``, unscaled, each with its own count (names that have a group keep it).
-    Raises ValueError for a negative coefficient or count.
+    The dual objective, λ = 0.1 and that the tokens RL reasons about are left out of NTP (a matter of the masks given to
+    ``ntp_loss``) are the paper's; the scaling by global counts is ours.
+
+    Metrics: ``loss``, the dual loss; the terms' own as ``rl/<name>`` and ``ntp/<name>``, unscaled and with their own
+    counts (a name that has a group keeps it). Raises ValueError for a negative coefficient or count.
     """
     if not ntp_coefficient >= 0:
         raise ValueError(f"ntp_coefficient must not be negative, got {ntp_coefficient}")

@@ -36,10 +36,10 @@ def remit_objective(settings: ReMiT):
 
 
 def run(session: Session) -> None:
-    """Anneal from the given checkpoint, its optimizer state included; with a reference, by ReMiT."""
+    """Anneal from the given checkpoint, its optimizer state included. ReMiT needs the input ``reference``."""
     settings, recipe = session.settings, session.recipe
     start = session.require_input("checkpoint")
-    weighted = settings.objective == "remit" and "reference" in session.job.inputs
+    weighted = settings.objective == "remit"
     # Annealing the same checkpoint again, in another iteration, sees the same rows in the same order.
     order = session.job.iteration if recipe.flywheel.start_from == "previous" else 0
     batch_of = corpus_batches(session, "anneal", order)

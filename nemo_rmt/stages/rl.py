@@ -36,9 +36,10 @@ def grpo_objective(settings: GRPO):
 
     def objective(scores: TokenScores, batch: TokenBatch) -> LossOutput:
         logprobs, extras = scores.logprobs, batch.extras
+        old_logprobs = extras.get("old_logprobs", logprobs.detach())
         output = grpo_loss(
             logprobs,
-            extras.get("old_logprobs", logprobs.detach()),
+            old_logprobs,
             extras["advantages"],
             batch.loss_mask,
             clip_low=settings.clip_low,
@@ -49,10 +50,9 @@ def grpo_objective(settings: GRPO):
         )
         count = batch.loss_mask.sum()
         output.metrics["rl/entropy"] = ((scores.entropy.detach() * batch.loss_mask).sum(), count)
-        if "old_logprobs" not in extras:  # the weights are still those that sampled: any difference is an error
-            error = (logprobs.detach() - extras["rollout_logprobs"]).abs() * batch.loss_mask
-            output.metrics["rollout/logprob_error_mean"] = (error.sum(), count)
-            extras["logprob_error"] = error
+        # Both are the weights' that sampled: any difference is an error of the sampler or the trainer.
+        extras["logprob_error"] = (old_logprobs - extras["rollout_logprobs"]).abs() * batch.loss_mask
+        output.metrics["rollout/logprob_error_mean"] = (extras["logprob_error"].sum(), count)
         return output
 
     return objective
@@ -80,8 +80,7 @@ def run(session: Session) -> None:
         micro_batches = batch.micro_batches(size)
         for _ in range(grpo.updates_per_rollout):
             metrics = training.model.train_step(micro_batches, objective, temperature=temperature, with_entropy=True)
-        if grpo.updates_per_rollout == 1:
-            metrics["rollout/logprob_error_max"] = largest_error(micro_batches)
+        metrics["rollout/logprob_error_max"] = largest_error(micro_batches)
         rollout_metrics, tokens = summarise(session, scored)
         training.record({**metrics, **rollout_metrics}, tokens=tokens)
 

@@ -45,6 +45,7 @@ def write_jobs(run: Path, name: str, processes: int, parallel: dict) -> list[Pat
         "grpo": ("rl", start),
     }
     for arm, (stage, inputs) in jobs.items():
+        recipe.anneal.objective = "remit" if arm == "remit" else "uniform"
         StageJob(stage=stage, iteration=1, inputs=inputs, recipe=recipe).save(run / name / arm / "stage.yaml")
     return [run / name / arm / "stage.yaml" for arm in jobs]
 
