@@ -103,9 +103,10 @@ def tree_mask(segment_ids: Tensor, branch_ids: Tensor | None = None, fork_column
     visible = same & torch.ones(same.shape[-2:], dtype=torch.bool, device=same.device).tril()
     if branch_ids is None:
         return visible
-    keys, columns = branch_ids[:, None, None, :], torch.arange(branch_ids.shape[1], device=branch_ids.device)
-    before_fork = (keys == 0) & (columns < fork_columns[:, None, :, None])
-    return visible & ((branch_ids[:, None, :, None] == keys) | before_fork)
+    together = branch_ids[:, None, :, None] == branch_ids[:, None, None, :]
+    # A document precedes its branches: what is before the fork is of the document.
+    before_fork = torch.arange(branch_ids.shape[1], device=branch_ids.device) < fork_columns[:, None, :, None]
+    return visible & (together | before_fork)
 
 
 @contextlib.contextmanager

@@ -48,4 +48,5 @@ def test_without_branches_the_mask_is_that_of_documents():
 def test_logprobs_and_gradients_equal_separate_sequences(layout):
     parallel = LAYOUTS[layout]
     ranks = parallel.get("tensor", 1) * parallel.get("pipeline", 1)
-    run_ranks(WORKER, ranks, small_recipe("unused", parallel=parallel).model_dump_json())
+    recipe = small_recipe("unused", parallel=parallel, cluster={"gpus_per_node": ranks})
+    run_ranks(WORKER, ranks, recipe.model_dump_json())
