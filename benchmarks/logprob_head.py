@@ -1,7 +1,7 @@
 """Peak memory and time of the chunked log-probability head against full logits, forward and backward.
 
-``python benchmarks/logprob_head.py`` measures both in turn, each in a process of its own, and prints one JSON line: peak
-memory beyond what the inputs take, time, and the ratios of chunked to full, as medians over ``--pairs``.
+``python benchmarks/logprob_head.py`` measures both in turn, each in a process of its own, and prints one JSON line:
+peak memory beyond what the inputs take, time, and the ratios of chunked to full, as medians over ``--pairs``.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Metrics:
         self._wandb: Any = None
         self._progress: _Bar | _Lines | None = None
 
-    def __enter__(self) -> "Metrics":
+    def __enter__(self) -> Metrics:
         if not self.enabled:
             return self
         if self.tracking.wandb_project:
@@ -149,8 +149,12 @@ class _Bar:
 
     def __init__(self, console: Console, title: str, total_steps: int, resume_step: int, _interval: int) -> None:
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TextColumn("{task.fields[info]}"), TimeRemainingColumn(), console=console,
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[info]}"),
+            TimeRemainingColumn(),
+            console=console,
         )
         self._task = self._progress.add_task(title, total=total_steps, completed=resume_step, info="")
         self._progress.start()

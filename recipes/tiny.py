@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
-from nemo_rmt.config import SFT, Anneal, Cluster, Corpus, Data, Evaluate, GRPO, Model, Optim, Pretrain, Recipe, RL
-from nemo_rmt.config import Rollout, Task, Tokenizer
+from nemo_rmt.config import (
+    GRPO,
+    RL,
+    SFT,
+    Anneal,
+    Cluster,
+    Corpus,
+    Data,
+    Evaluate,
+    Model,
+    Optim,
+    Pretrain,
+    Recipe,
+    Rollout,
+    Task,
+    Tokenizer,
+)
 
 ROW = 128  # tokens: several documents of the mix, or one problem with its worked solution
 

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import nemo_rmt.recipes
 import pytest
 
 import nemo_rmt
-import nemo_rmt.recipes
 
 PACKAGE = Path(nemo_rmt.__file__).parent
 ORDER = ["objectives", "data", "megatron", "rollout", "stages"]

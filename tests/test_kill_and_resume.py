@@ -60,7 +60,11 @@ def kill_within(run: Path, log: Path, iteration: int, stage: str, rng: random.Ra
         time.sleep(rng.uniform(0, 4))
     else:
         step = rng.randint(1, STEPS - 1)
-        wait_for(lambda: len(read_metrics(folder / "metrics.jsonl")) >= step or status(run, iteration, stage) == "done", process, stage)
+        wait_for(
+            lambda: len(read_metrics(folder / "metrics.jsonl")) >= step or status(run, iteration, stage) == "done",
+            process,
+            stage,
+        )
         time.sleep(rng.uniform(0, 0.2))
     struck = status(run, iteration, stage) == "running"
     process.send_signal(signal.SIGKILL)

@@ -13,7 +13,6 @@ from nemo_rmt.config import Recipe
 from nemo_rmt.errors import UserError
 from nemo_rmt.recipe_io import known_keys, load_recipe, recipe_differences, resolved_yaml
 
-
 TINY = load_recipe("tiny", [], [])
 
 

@@ -9,7 +9,7 @@ from nemo_rmt.config.data import Corpus, Data, Task, Tokenizer
 from nemo_rmt.config.layout import Cluster, Model, Parallel
 from nemo_rmt.config.recipe import Flywheel, Recipe, Tracking
 from nemo_rmt.config.section import Section
-from nemo_rmt.config.stages import Anneal, Evaluate, GRPO, Optim, Pretrain, RL, ReMiT, Rollout, SFT, Stage
+from nemo_rmt.config.stages import GRPO, RL, SFT, Anneal, Evaluate, Optim, Pretrain, ReMiT, Rollout, Stage
 
 __all__ = [
     "Anneal",

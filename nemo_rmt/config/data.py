@@ -45,7 +45,7 @@ class Corpus(Section):
     """Settings of the generator: see the corpus kind's docstring in nemo_rmt.data."""
 
     @model_validator(mode="after")
-    def _path(self) -> "Corpus":
+    def _path(self) -> Corpus:
         if self.kind in ("jsonl", "folder") and self.path is None:
             raise ValueError(f"path is required for kind {self.kind}")
         return self
@@ -79,7 +79,7 @@ class Data(Section):
     """Tokens attend within their own document only, where documents share a row."""
 
     @model_validator(mode="after")
-    def _names(self) -> "Data":
+    def _names(self) -> Data:
         for kind, entries in (("corpora", self.corpora), ("tasks", self.tasks)):
             names = [entry.name for entry in entries]
             if len(set(names)) != len(names):

@@ -46,7 +46,7 @@ class Model(Section):
     """Tokens whose logits the log-probability head holds at once; null: as many as make 128 MiB."""
 
     @model_validator(mode="after")
-    def _heads(self) -> "Model":
+    def _heads(self) -> Model:
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
@@ -83,7 +83,7 @@ class Parallel(Section):
     """Recompute activations in backward: full recomputes every layer."""
 
     @model_validator(mode="after")
-    def _combinations(self) -> "Parallel":
+    def _combinations(self) -> Parallel:
         if self.context > 1:
             raise ValueError("context-parallel attention is not supported yet: set parallel.context=1")
         if self.sequence and self.tensor == 1:

@@ -9,7 +9,7 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 from nemo_rmt.config.data import Data, Tokenizer
 from nemo_rmt.config.layout import Cluster, Model, Parallel
 from nemo_rmt.config.section import Section
-from nemo_rmt.config.stages import Anneal, Evaluate, Pretrain, RL, Rollout, SFT, Stage
+from nemo_rmt.config.stages import RL, SFT, Anneal, Evaluate, Pretrain, Rollout, Stage
 
 
 class Flywheel(Section):
@@ -79,7 +79,7 @@ class Recipe(Section):
         return self.cluster.nodes * self.cluster.gpus_per_node // (p.tensor * p.pipeline * p.context)
 
     @model_validator(mode="after")
-    def _layout(self) -> "Recipe":
+    def _layout(self) -> Recipe:
         p, m = self.parallel, self.model
         world, per_model = self.cluster.nodes * self.cluster.gpus_per_node, p.tensor * p.pipeline * p.context
         if world % per_model:
@@ -95,7 +95,9 @@ class Recipe(Section):
                 )
         chunks = p.pipeline * (p.virtual_pipeline or 1)
         if m.num_layers % chunks:
-            raise ValueError(f"model.num_layers={m.num_layers} is not a multiple of parallel.pipeline × virtual_pipeline={chunks}")
+            raise ValueError(
+                f"model.num_layers={m.num_layers} is not a multiple of parallel.pipeline × virtual_pipeline={chunks}"
+            )
         for name in ("pretrain", "anneal", "sft", "rl"):
             self._batch(name, getattr(self, name))
         return self
@@ -114,8 +116,14 @@ class Recipe(Section):
                 f"({stage.global_batch_size // step}) must be a multiple of parallel.pipeline={p.pipeline}"
             )
         if stage.sequence_length % p.tensor and p.sequence:
-            raise ValueError(f"{name}.sequence_length={stage.sequence_length} is not a multiple of parallel.tensor={p.tensor}")
+            raise ValueError(
+                f"{name}.sequence_length={stage.sequence_length} is not a multiple of parallel.tensor={p.tensor}"
+            )
         if stage.sequence_length > self.model.max_position:
-            raise ValueError(f"{name}.sequence_length={stage.sequence_length} exceeds model.max_position={self.model.max_position}")
+            raise ValueError(
+                f"{name}.sequence_length={stage.sequence_length} exceeds model.max_position={self.model.max_position}"
+            )
         if isinstance(stage, RL) and (stage.global_batch_size // stage.grpo.samples_per_group) % self.data_parallel:
-            raise ValueError(f"{name}: the number of groups must be a multiple of the data-parallel size {self.data_parallel}")
+            raise ValueError(
+                f"{name}: the number of groups must be a multiple of the data-parallel size {self.data_parallel}"
+            )

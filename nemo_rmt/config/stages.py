@@ -32,7 +32,7 @@ class Optim(Section):
     """Adam's epsilon."""
 
     @model_validator(mode="after")
-    def _decay(self) -> "Optim":
+    def _decay(self) -> Optim:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}: lower min_lr")
         return self
@@ -84,7 +84,7 @@ class Anneal(Stage):
     """ReMiT's settings."""
 
     @model_validator(mode="after")
-    def _reference(self) -> "Anneal":
+    def _reference(self) -> Anneal:
         if self.objective == "remit" and not self.remit.reference:
             raise ValueError(
                 "objective remit needs remit.reference: 'previous' (the iteration before) or a checkpoint "
@@ -125,7 +125,7 @@ class RL(Stage):
     """The objective."""
 
     @model_validator(mode="after")
-    def _groups(self) -> "RL":
+    def _groups(self) -> RL:
         if self.global_batch_size % self.grpo.samples_per_group:
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} must be a multiple of "
@@ -166,7 +166,7 @@ class Evaluate(Section):
     """Entropy edges in nats between easy, medium and hard tokens."""
 
     @model_validator(mode="after")
-    def _edges(self) -> "Evaluate":
+    def _edges(self) -> Evaluate:
         if not 0 < self.tier_edges[0] < self.tier_edges[1]:
             raise ValueError(f"tier_edges must be ascending and above 0, got {self.tier_edges}")
         return self

@@ -161,9 +161,7 @@ class TrainedModel(ScoredModel):
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = self._run(
-            micro_batches, loss, temperature=temperature, with_entropy=with_entropy, forward_only=False
-        )
+        outputs = self._run(micro_batches, loss, temperature=temperature, with_entropy=with_entropy, forward_only=False)
         metrics = reduce_metrics(outputs)
         lr = get_canonical_lr_for_logging(self.optimizer.param_groups)
         if not math.isfinite(metrics.get("loss", 0.0)):

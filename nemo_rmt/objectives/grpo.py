@@ -64,8 +64,12 @@ def grpo_loss(
     if advantages.dim() == 1 and logprobs.dim() == 2 and advantages.shape[0] == logprobs.shape[0]:
         advantages = advantages.unsqueeze(-1).expand_as(logprobs)
     require_same_shape(
-        logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask,
-        reference_logprobs=reference_logprobs, rollout_logprobs=rollout_logprobs,
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        mask=mask,
+        reference_logprobs=reference_logprobs,
+        rollout_logprobs=rollout_logprobs,
     )
     _require_settings(clip_low, clip_high, normalize, kl_coefficient, reference_logprobs)
     if importance_cap is not None and (rollout_logprobs is None or not importance_cap > 0):

@@ -51,7 +51,10 @@ def _summary(run: Run, found: list[findings.Finding]) -> dict[str, Any]:
 
 def _render(run: Run, found: list[findings.Finding]) -> str:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
     return environment.get_template("page.html.j2").render(

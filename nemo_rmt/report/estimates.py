@@ -65,7 +65,7 @@ class Skill:
     k: int | None = None
 
     @classmethod
-    def read(cls, metrics: Mapping[str, float], prefix: str, task: str) -> "Skill | None":
+    def read(cls, metrics: Mapping[str, float], prefix: str, task: str) -> Skill | None:
         """From evaluate's metrics; prefix "" for the final model or "sft/", ...; None when it was not measured."""
         base = f"{prefix}tasks/{task}/"
         pass_at_1 = _estimate(metrics, base + "pass@1")

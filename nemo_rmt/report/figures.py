@@ -87,10 +87,12 @@ def accuracy(run: Run) -> Figure | None:
         axes.set_visible(False)
     grid[0, 0].legend(loc="upper left", ncols=2, fontsize=8)
     return _figure(
-        canvas, "Accuracy by iteration",
+        canvas,
+        "Accuracy by iteration",
         "Share of held-out problems solved by each stage's model: bars are pass@1 (sampled at temperature 1) with 95 % "
         "intervals, diamonds are greedy decoding. Where diamonds are high and bars rise to meet them, skill that was "
-        "there is used more reliably.", sources,
+        "there is used more reliably.",
+        sources,
     )
 
 
@@ -111,8 +113,17 @@ def _draw_bars(axes: Any, title: str, bars: dict[tuple[int, str], Skill], iterat
                 axes.errorbar(x, share.value, yerr=errors, color="#222b33", capsize=3, linewidth=1)
             if skill.greedy is not None:
                 label = "greedy" if first and iteration == min(key[0] for key in bars) else None
-                axes.plot(x, skill.greedy.value, "D", color="white", markeredgecolor="#222b33", markersize=5,
-                          label=label, linestyle="none", zorder=5)
+                axes.plot(
+                    x,
+                    skill.greedy.value,
+                    "D",
+                    color="white",
+                    markeredgecolor="#222b33",
+                    markersize=5,
+                    label=label,
+                    linestyle="none",
+                    zorder=5,
+                )
     axes.set_title(title)
     axes.set_xticks(range(len(models)), [MODEL_NAMES[model] for model in models])
     axes.set_ylim(0, 1.19)
@@ -137,14 +148,27 @@ def losses(run: Run) -> Figure | None:
             axes.axvspan(start, start + last, color=color, alpha=0.07, linewidth=0)
         if stage.iteration != iteration:
             iteration = stage.iteration
-            loss.annotate(f"iteration {iteration}", (start, 1.0), xytext=(2, -10), xycoords=("data", "axes fraction"),
-                          textcoords="offset points", fontsize=8, color="#3d4852")
+            loss.annotate(
+                f"iteration {iteration}",
+                (start, 1.0),
+                xytext=(2, -10),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                fontsize=8,
+                color="#3d4852",
+            )
             for axes in (loss, rl_loss, rate):
                 axes.axvline(start, color="#8a96a3", linewidth=0.8)
         start += last
     names = [name for name in TRAINING if any(stage.name == name for stage in stages)]
-    loss.legend(handles=[Line2D([], [], color=STAGE_COLORS[name], linewidth=2, label=name) for name in names],
-                loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=len(names), fontsize=8)
+    loss.legend(
+        handles=[Line2D([], [], color=STAGE_COLORS[name], linewidth=2, label=name) for name in names],
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        borderaxespad=0.2,
+        ncols=len(names),
+        fontsize=8,
+    )
     loss.set_title("Training loss, nats per token")
     rl_loss.set_title("GRPO loss")
     rate.set_title("Learning rate")
@@ -153,10 +177,12 @@ def losses(run: Run) -> Figure | None:
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=False)
     loss.margins(x=0.005, y=0.12)
     return _figure(
-        canvas, "Loss and learning rate",
+        canvas,
+        "Loss and learning rate",
         "Every training stage in order. Faint lines are single steps, bold ones a running mean. Bases of different "
         "iterations are comparable; SFT's loss counts the assistant's tokens only, and GRPO's loss is near 0 by "
-        "construction: its reward, below, is what to read.", [f"{stage.folder}/metrics.jsonl" for stage in stages],
+        "construction: its reward, below, is what to read.",
+        [f"{stage.folder}/metrics.jsonl" for stage in stages],
     )
 
 
@@ -180,7 +206,8 @@ def reinforcement(run: Run) -> Figure | None:
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if name != "rl/response_length" else None)
     canvas.axes[0].legend(loc="lower right", fontsize=8)
     return _figure(
-        canvas, "Reinforcement learning",
+        canvas,
+        "Reinforcement learning",
         "Reward and length of the sampled responses in training. A group whose responses all got the same reward "
         "carries no signal; when most groups do, more steps bring little.",
         [f"{stage.folder}/metrics.jsonl" for stage in stages],
@@ -201,8 +228,15 @@ def remit_weights(stage: StageRecord, epsilon: float) -> Figure:
     ):
         shares = [sum(record.get(key) or 0 for record in records) / len(records) for key in bins]
         if bins:
-            histogram.stairs([100 * share for share in shares], edges, fill=color != "#d1662b", color=color, label=name,
-                             alpha=0.55 if color != "#d1662b" else 1, linewidth=1.6)
+            histogram.stairs(
+                [100 * share for share in shares],
+                edges,
+                fill=color != "#d1662b",
+                color=color,
+                label=name,
+                alpha=0.55 if color != "#d1662b" else 1,
+                linewidth=1.6,
+            )
     histogram.set(title="Distribution of weights, % of tokens", xlabel="weight")
     histogram.set_ylim(0, histogram.get_ylim()[1] * 1.25)
     if bins:
@@ -225,7 +259,8 @@ def remit_weights(stage: StageRecord, epsilon: float) -> Figure:
     clipped.set_ylim(0, clipped.get_ylim()[1] * 1.2)
     clipped.legend(fontsize=8, loc="upper right", ncols=2)
     return _figure(
-        canvas, f"ReMiT's token weights, iteration {stage.iteration}",
+        canvas,
+        f"ReMiT's token weights, iteration {stage.iteration}",
         "How strongly the RL model re-weights the corpus. Tokens it finds likelier than the base does, more than is "
         "usual in their document, weigh above 1. Clipped tokens are in the outer bins.",
         [f"{stage.folder}/metrics.jsonl"],

@@ -181,7 +181,8 @@ def remit(run: Run, iteration: int, tasks: list[str]) -> Finding | None:
     outcomes = {_outcome(change) for change in changes.values()}
     verdict = outcomes.pop() if len(outcomes) == 1 else "mixed" if outcomes else "nll only"
     table = Table(
-        ["held out, base model", "uniform", "ReMiT", "difference"], rows,
+        ["held out, base model", "uniform", "ReMiT", "difference"],
+        rows,
         [f"{stage.folder}/result.json" for stage in stages],
     )
     details = " ".join([setting, *_after_post_training(*stages, iteration, tasks), weights])
@@ -197,8 +198,7 @@ def _outcome(change: Estimate) -> str:
 def is_uniform(run: Run, anneal: StageRecord) -> bool:
     """Whether a finished or started anneal ran without ReMiT, by its recipe and by what it logged."""
     remit_from_the_start = (
-        run.setting("anneal", "objective") == "remit"
-        and run.setting("anneal", "remit", "reference") != "previous"
+        run.setting("anneal", "objective") == "remit" and run.setting("anneal", "remit", "reference") != "previous"
     )
     return bool(anneal.steps) and not anneal.has_remit and not (remit_from_the_start and anneal.iteration == 0)
 

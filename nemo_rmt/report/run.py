@@ -61,7 +61,7 @@ class Run:
     stages: list[StageRecord]
 
     @classmethod
-    def load(cls, folder: Path) -> "Run":
+    def load(cls, folder: Path) -> Run:
         """Read a run folder; raises UserError when there is none."""
         if not folder.is_dir():
             raise UserError(f"run_dir={folder} does not exist: give the folder of a run")

@@ -30,7 +30,7 @@ class StageJob(Section):
     """The flywheel's resolved recipe."""
 
     @classmethod
-    def load(cls, path: Path) -> "StageJob":
+    def load(cls, path: Path) -> StageJob:
         """Read a stage.yaml."""
         return cls.model_validate(yaml.safe_load(path.read_text()))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from nemo_rmt.data.batch import TokenBatch
 from nemo_rmt.data.sft import SFTExamples
 from nemo_rmt.megatron.runtime import sum_over_data_parallel
 from nemo_rmt.stages.pretrain import next_token

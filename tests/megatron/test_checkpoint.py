@@ -173,9 +173,7 @@ def test_weights_alone_load_into_a_bare_model(stage):
 )
 def test_a_checkpoint_of_another_model_is_refused(stage, model, vocab_size, tokenizer, message):
     with pytest.raises(UserError, match=message):
-        require_compatible(
-            stage / "checkpoints/step_00000004", tiny_recipe(model=model).model, vocab_size, tokenizer
-        )
+        require_compatible(stage / "checkpoints/step_00000004", tiny_recipe(model=model).model, vocab_size, tokenizer)
 
 
 def children() -> set[int]:

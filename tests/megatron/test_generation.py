@@ -62,7 +62,9 @@ def test_a_sequence_does_not_depend_on_its_batch(chunks):
 
 def test_rows_end_at_the_stop_token_and_say_so(chunks):
     stop = frozenset(range(0, VOCAB, 4))
-    sampled = generate(chunks, PROMPTS * 8, sampling_noise(list(range(32)), Sampling(12, stop, seed=2)), stop_tokens=stop)
+    sampled = generate(
+        chunks, PROMPTS * 8, sampling_noise(list(range(32)), Sampling(12, stop, seed=2)), stop_tokens=stop
+    )
     assert 0 < int(sampled.finished.sum()) < 32 or sampled.lengths.min() < sampled.lengths.max()
     for row in range(32):
         tokens = sampled.tokens[row, : int(sampled.lengths[row])].tolist()

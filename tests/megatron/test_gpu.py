@@ -47,7 +47,9 @@ def test_a_stage_on_the_gpu_follows_the_cpu(run, stage):
     checkpoint = "iteration_000/pretrain/checkpoints/step_00000005"
     inputs = {**DATA, "checkpoint": checkpoint} | ({"reference": checkpoint} if stage == "anneal" else {})
     job = {"stage": stage, "iteration": 0, "inputs": inputs, "recipe": recipe}
-    cpu, gpu = (run_stage(run / f"{name}_{stage}/stage", devices, **job) for name, devices in (("cpu", ""), ("gpu", "0")))
+    cpu, gpu = (
+        run_stage(run / f"{name}_{stage}/stage", devices, **job) for name, devices in (("cpu", ""), ("gpu", "0"))
+    )
     for name in ("train/loss", "train/grad_norm"):
         assert [step[name] for step in gpu] == pytest.approx([step[name] for step in cpu], rel=1e-3, abs=1e-5)
 

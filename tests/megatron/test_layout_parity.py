@@ -54,7 +54,9 @@ def losses(stage: Path) -> dict[str, list[float]]:
     """What must agree between layouts, by step."""
     steps = read_metrics(stage.parent / "metrics.jsonl")
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5]
-    names = ["train/loss", "train/grad_norm", "train/lr"] + [n for n in ("rl/reward_mean", "remit/weight_std") if n in steps[0]]
+    names = ["train/loss", "train/grad_norm", "train/lr"] + [
+        n for n in ("rl/reward_mean", "remit/weight_std") if n in steps[0]
+    ]
     return {name: [step[name] for step in steps] for name in names}
 
 
@@ -68,8 +70,9 @@ def run(tmp_path_factory) -> Path:
     StageJob(stage="pretrain", iteration=0, inputs=data, recipe=recipe).save(folder / "start/pretrain/stage.yaml")
     start = {**data, "checkpoint": "start/pretrain/checkpoints/step_00000005"}
     StageJob(stage="sft", iteration=0, inputs=start, recipe=recipe).save(folder / "start/sft/stage.yaml")
-    stages = [folder / path / "stage.yaml" for path in ("start/sft", "iteration_000/data", "start/pretrain", "start/sft")]
-    run_ranks(WORKER, 1, str(folder / "one_rank.json"), *map(str, [*stages[1:], *write_jobs(folder, "one_rank", 1, {})]))
+    stages = [folder / path / "stage.yaml" for path in ("iteration_000/data", "start/pretrain", "start/sft")]
+    stages += write_jobs(folder, "one_rank", 1, {})
+    run_ranks(WORKER, 1, str(folder / "one_rank.json"), *map(str, stages))
     return folder
 
 
@@ -115,7 +118,9 @@ def test_sampling_is_token_identical(run, layout):
 def test_a_checkpoint_resumes_at_another_layout(run, saved, resumed):
     for name in {saved, resumed} - {"one_rank"}:
         if not (run / f"{name}.json").exists():
-            run_ranks(WORKER, LAYOUTS[name][0], str(run / f"{name}.json"), *map(str, write_jobs(run, name, *LAYOUTS[name])))
+            run_ranks(
+                WORKER, LAYOUTS[name][0], str(run / f"{name}.json"), *map(str, write_jobs(run, name, *LAYOUTS[name]))
+            )
     processes, parallel = LAYOUTS.get(resumed, (1, {}))
     stage = write_jobs(run, f"{saved}_to_{resumed}", processes, parallel)[1]
     for part in ("metrics.jsonl", "checkpoints/step_00000003"):

@@ -128,9 +128,7 @@ def test_scores_and_logits_equal_an_independent_implementation(options):
         logits = model(batch.tokens, batch.position_ids, visible)
     logprobs = expected.log_softmax(-1)
     close = {"rtol": 0, "atol": 1e-5}
-    torch.testing.assert_close(
-        scores.logprobs.double(), logprobs.gather(2, batch.labels[..., None])[..., 0], **close
-    )
+    torch.testing.assert_close(scores.logprobs.double(), logprobs.gather(2, batch.labels[..., None])[..., 0], **close)
     torch.testing.assert_close(scores.entropy.double(), -(logprobs.exp() * logprobs).sum(-1), **close)
     assert torch.equal(scores.hits.bool(), logprobs.argmax(-1) == batch.labels)
     torch.testing.assert_close(logits.double(), expected[:, -1], **close)

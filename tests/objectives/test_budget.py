@@ -37,9 +37,7 @@ def test_budget_starts_at_the_initial_and_ends_at_the_decayed_one(initial, decay
 @given(st.integers(1, 50), st.integers(1, 300), st.integers(0, 300), decays)
 def test_budget_never_rises_and_never_falls_under_the_minimum(total, minimum, more, decay):
     initial = minimum + more
-    budgets = [
-        token_budget(step, total, initial=initial, minimum=minimum, decay=decay) for step in range(total + 1)
-    ]
+    budgets = [token_budget(step, total, initial=initial, minimum=minimum, decay=decay) for step in range(total + 1)]
     assert budgets == sorted(budgets, reverse=True)
     assert budgets[0] == initial and budgets[-1] >= minimum
     assert all(isinstance(budget, int) for budget in budgets)

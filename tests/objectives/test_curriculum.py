@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from nemo_rmt.objectives import tier_probabilities
 
 stages = st.integers(1, 500).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total)))
-probabilities = st.lists(st.integers(0, 100), min_size=3, max_size=3).filter(any).map(
-    lambda weights: tuple(weight / sum(weights) for weight in weights)
+probabilities = (
+    st.lists(st.integers(0, 100), min_size=3, max_size=3)
+    .filter(any)
+    .map(lambda weights: tuple(weight / sum(weights) for weight in weights))
 )
 transitions = st.sampled_from([(0.3, 0.7), (0.0, 1.0), (0.1, 0.2), (0.5, 1.0)])
 

@@ -21,9 +21,7 @@ def rollouts(batch=4, sequence=6, seed=0):
     """Policy (with gradient), old, reference and sampler logprobs, advantages and mask."""
     generator = torch.Generator().manual_seed(seed)
     old = -2 * torch.rand(batch, sequence, generator=generator)
-    policy, reference, sampler = (
-        (old + 0.4 * torch.randn(batch, sequence, generator=generator)) for _ in range(3)
-    )
+    policy, reference, sampler = ((old + 0.4 * torch.randn(batch, sequence, generator=generator)) for _ in range(3))
     advantages = torch.randn(batch, generator=generator)
     mask = (torch.rand(batch, sequence, generator=generator) > 0.3).long()
     mask[:, 0] = 1
@@ -85,11 +83,28 @@ def test_rewards_that_form_no_groups_are_refused(shape):
 def test_loss_equals_a_loop_over_tokens(seed, normalize):
     policy, old, reference, sampler, advantages, mask = rollouts(seed=seed)
     output = grpo_loss(
-        policy, old, advantages, mask, clip_low=0.2, clip_high=0.3, normalize=normalize, kl_coefficient=0.1,
-        reference_logprobs=reference, rollout_logprobs=sampler, importance_cap=1.1,
+        policy,
+        old,
+        advantages,
+        mask,
+        clip_low=0.2,
+        clip_high=0.3,
+        normalize=normalize,
+        kl_coefficient=0.1,
+        reference_logprobs=reference,
+        rollout_logprobs=sampler,
+        importance_cap=1.1,
     )
     responses = loss_by_loops(
-        policy.detach(), old, advantages, mask, low=0.2, high=0.3, beta=0.1, reference=reference, sampler=sampler,
+        policy.detach(),
+        old,
+        advantages,
+        mask,
+        low=0.2,
+        high=0.3,
+        beta=0.1,
+        reference=reference,
+        sampler=sampler,
         cap=1.1,
     )
     tokens = [token for response in responses for token in response]
@@ -160,7 +175,11 @@ def test_infinite_logprobs_outside_the_mask_leave_value_and_gradient_finite():
     policy = torch.tensor([[-1.0, -torch.inf]], requires_grad=True)
     old = torch.tensor([[-1.0, 0.0]])
     output = grpo_loss(
-        policy, old, torch.ones(1), torch.tensor([[1, 0]]), kl_coefficient=0.1,
+        policy,
+        old,
+        torch.ones(1),
+        torch.tensor([[1, 0]]),
+        kl_coefficient=0.1,
         reference_logprobs=torch.full((1, 2), -torch.inf).where(torch.tensor([[False, True]]), old),
     )
     output.loss_sum.backward()

@@ -71,7 +71,8 @@ def test_shifting_the_reference_by_a_constant_changes_nothing(shape, seed, shift
         torch.testing.assert_close(
             remit_weights(reference + shift, policy, mask, epsilon=1.0, segment_ids=ids),
             remit_weights(reference, policy, mask, epsilon=1.0, segment_ids=ids),
-            atol=1e-5, rtol=1e-5,
+            atol=1e-5,
+            rtol=1e-5,
         )
 
 

@@ -57,25 +57,35 @@ def training_steps(name, steps, iteration):
     for step in range(1, steps + 1):
         done = step / steps
         loss = {
-            "pretrain": 1.5 + 2.8 * math.exp(-6 * done), "anneal": 1.5 - 0.15 * done,
-            "sft": 0.9 - 0.3 * done, "rl": 0.0,
+            "pretrain": 1.5 + 2.8 * math.exp(-6 * done),
+            "anneal": 1.5 - 0.15 * done,
+            "sft": 0.9 - 0.3 * done,
+            "rl": 0.0,
         }[name]
         record = {
-            "step": step, "time": 1.76e9 + step, "train/loss": loss + noise.gauss(0, 0.06 if name != "rl" else 0.01),
-            "train/lr": peak * (1 - done if name == "anneal" else 1.0), "train/grad_norm": 1.0,
-            "train/tokens": 1024 * step, "train/tokens_per_s": 18_000 + noise.gauss(0, 500),
+            "step": step,
+            "time": 1.76e9 + step,
+            "train/loss": loss + noise.gauss(0, 0.06 if name != "rl" else 0.01),
+            "train/lr": peak * (1 - done if name == "anneal" else 1.0),
+            "train/grad_norm": 1.0,
+            "train/tokens": 1024 * step,
+            "train/tokens_per_s": 18_000 + noise.gauss(0, 500),
         }
         if name == "rl":
             record |= {
                 "rl/reward_mean": 0.97 - (0.5 - 0.08 * iteration) * math.exp(-8 * done) + noise.gauss(0, 0.02),
-                "rl/response_length": 24 - 3 * done + noise.gauss(0, 0.4), "rl/zero_variance_groups": 0.7 * done,
+                "rl/response_length": 24 - 3 * done + noise.gauss(0, 0.4),
+                "rl/zero_variance_groups": 0.7 * done,
             }
         if remit:
-            weights = [math.exp(-((i - 9.5) / (2 + 3 * done)) ** 2) + (0.4 if i in (0, 19) else 0) for i in range(20)]
+            weights = [math.exp(-(((i - 9.5) / (2 + 3 * done)) ** 2)) + (0.4 if i in (0, 19) else 0) for i in range(20)]
             record |= {f"remit/weight_hist_{i:02}": weight / sum(weights) for i, weight in enumerate(weights)}
             record |= {
-                "remit/weight_mean": 0.998 + noise.gauss(0, 0.003), "remit/weight_std": 0.07 + 0.02 * done,
-                "remit/share_low": 0.05 + 0.02 * done, "remit/share_high": 0.04 + 0.03 * done, "remit/gap_mean": -0.2,
+                "remit/weight_mean": 0.998 + noise.gauss(0, 0.003),
+                "remit/weight_std": 0.07 + 0.02 * done,
+                "remit/share_low": 0.05 + 0.02 * done,
+                "remit/share_high": 0.04 + 0.03 * done,
+                "remit/gap_mean": -0.2,
             }
         records.append(record)
     return records
@@ -84,9 +94,14 @@ def training_steps(name, steps, iteration):
 def make_run(folder, *, skills=SKILLS, changes=None):
     """Write a finished two-iteration run; returns its folder."""
     recipe = {
-        "name": "tiny", "run_dir": str(folder), "iterations": 2,
+        "name": "tiny",
+        "run_dir": str(folder),
+        "iterations": 2,
         "data": {"tasks": [{"name": "chains", "longer": {"min_steps": 7}}]},
-        "pretrain": {"steps": 300}, "anneal": {"steps": 120}, "sft": {"steps": 40}, "rl": {"steps": 60},
+        "pretrain": {"steps": 300},
+        "anneal": {"steps": 120},
+        "sft": {"steps": 40},
+        "rl": {"steps": 60},
     } | (changes or {})
     recipe = Recipe.model_validate(recipe).model_dump(mode="json")
     folder.mkdir(parents=True)

@@ -79,8 +79,12 @@ def test_difference_of_equal_widths_is_the_root_of_the_sum_of_squares():
 
 def test_skill_is_read_with_its_prefix_interval_and_largest_k():
     metrics = {
-        "sft/tasks/chains/pass@1": 0.5, "sft/tasks/chains/pass@1_low": 0.4, "sft/tasks/chains/pass@1_high": 0.6,
-        "sft/tasks/chains/pass@2": 0.6, "sft/tasks/chains/pass@16": 0.9, "sft/tasks/chains/greedy": 0.8,
+        "sft/tasks/chains/pass@1": 0.5,
+        "sft/tasks/chains/pass@1_low": 0.4,
+        "sft/tasks/chains/pass@1_high": 0.6,
+        "sft/tasks/chains/pass@2": 0.6,
+        "sft/tasks/chains/pass@16": 0.9,
+        "sft/tasks/chains/greedy": 0.8,
         "tasks/chains/pass@1": 0.7,
     }
     read = Skill.read(metrics, "sft/", "chains")
