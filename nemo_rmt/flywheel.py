@@ -42,12 +42,13 @@ def run_flywheel(recipe: Recipe, *, dry_run: bool = False, command: Command = wo
 
     Returns 0 when all are done, 1 when a stage failed, 2 when a stage refused its input, and 128 plus the
     signal's number when interrupted. Raises UserError for wrong input, before anything is started.
-    dry_run: print the resolved chain, check everything, start nothing.
+    dry_run: check everything, print the resolved chain and what of it is done, start nothing.
     """
     run = RunFolder(Path(recipe.run_dir))
     if dry_run:
-        print_chain(recipe, run)
         preflight.check(recipe, run)
+        flywheel = FlywheelRun(recipe, run, command, lock=-1)  # only asked, never started
+        print_chain(recipe, run, {ref for ref in flywheel.chain if flywheel.is_done(ref)})
         return 0
     return _locked(recipe, run, command, None)
 

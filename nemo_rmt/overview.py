@@ -26,19 +26,17 @@ HEADLINES = {
 """Metrics of each stage's result shown in the summary, as patterns; ``*`` stands for one name."""
 
 
-def print_chain(recipe: Recipe, run: RunFolder) -> None:
-    """The resolved chain, what each stage reads, its state, and where the recipe was changed."""
-    state = run.load_state()
+def print_chain(recipe: Recipe, run: RunFolder, done: set[StageRef]) -> None:
+    """The resolved chain, which stages are ``done``, what each one reads, and where the recipe was changed."""
     table = Table("stage", "state", "steps", "rows × tokens", "reads", title=f"{recipe.name} in {run.path}")
     for planned in plan_chain(recipe):
         ref = planned.ref
         stage = getattr(recipe, ref.stage, None)
         trains = hasattr(stage, "steps")
-        record = state.record(ref.iteration, ref.stage) if state else StageRecord()
         reads = ", ".join(f"{role}: {source}" for role, source in planned.inputs.items())
         table.add_row(
             str(ref) + (f" ({planned.note})" if planned.note else ""),
-            record.status,
+            "done" if ref in done else "to run",
             str(stage.steps) if trains else "",
             f"{stage.global_batch_size} × {stage.sequence_length}" if trains else "",
             reads,

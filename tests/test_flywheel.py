@@ -222,6 +222,18 @@ def test_a_dry_run_prints_the_chain_and_the_changes_and_writes_nothing(recipe, c
     assert not Path(recipe.run_dir).exists()
 
 
+def test_a_dry_run_says_what_would_run_again(recipe, capsys):
+    assert run_flywheel(recipe, command=fake) == 0
+    shutil.rmtree(Path(recipe.run_dir) / "iteration_001" / "sft")
+    ran(recipe)
+    capsys.readouterr()
+    assert run_flywheel(recipe, dry_run=True, command=fake) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "iteration" in line]
+    to_run = [row for row in rows if "to run" in row]
+    assert len(to_run) == 3 and all("iteration 1" in row for row in to_run)
+    assert ran(recipe) == []
+
+
 def test_a_failing_report_is_told_and_counted(recipe, monkeypatch, caplog):
     monkeypatch.undo()
 
