@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from nemo_rmt import flywheel
 from nemo_rmt.config import Recipe
 from nemo_rmt.errors import UserError
 from nemo_rmt.flywheel import StageRef, plan_chain, run_flywheel, run_one_stage
-from nemo_rmt.recipe_io import load_recipe
+from nemo_rmt.recipe_io import load_recipe, resolved_yaml
 from nemo_rmt.run_folder import RunFolder
 
 FAKE_STAGE = Path(__file__).with_name("fake_stage.py")
@@ -248,8 +249,11 @@ def test_a_failing_report_is_told_and_counted(recipe, monkeypatch, caplog):
 
 
 STARTER = """
+import signal
 import sys
 from pathlib import Path
+# a shell starts background jobs with SIGINT ignored, which the flywheel rightly leaves as it is
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, sys.argv[2])
 from nemo_rmt import flywheel
 from nemo_rmt.recipe_io import load_recipe
@@ -259,9 +263,9 @@ sys.exit(flywheel.run_flywheel(load_recipe(None, [Path(sys.argv[1])], []), comma
 """
 
 
-def start_and_hang(recipe: Recipe, tmp_path: Path) -> tuple[subprocess.Popen, int]:
+@pytest.fixture
+def hanging(recipe, tmp_path) -> Iterator[tuple[subprocess.Popen, int]]:
     """A flywheel in a process of its own whose pretrain stage hangs, and that worker's pid."""
-    from nemo_rmt.recipe_io import resolved_yaml
 
     faults(recipe, **{"0_pretrain": "hang"})
     (tmp_path / "recipe.yaml").write_text(resolved_yaml(recipe, comments=False))
@@ -271,7 +275,9 @@ def start_and_hang(recipe: Recipe, tmp_path: Path) -> tuple[subprocess.Popen, in
     while not (pid.exists() and pid.read_text()):
         assert time.monotonic() < deadline and starter.poll() is None
         time.sleep(0.05)
-    return starter, int(pid.read_text())
+    yield starter, int(pid.read_text())
+    starter.kill()  # the worker ends with it
+    starter.wait()
 
 
 def gone(pid: int, within_s: float = 5.0) -> bool:
@@ -288,8 +294,8 @@ def gone(pid: int, within_s: float = 5.0) -> bool:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_the_worker_ends_with_the_flywheel_and_the_next_start_resumes(recipe, tmp_path, signum):
-    starter, worker = start_and_hang(recipe, tmp_path)
+def test_the_worker_ends_with_the_flywheel_and_the_next_start_resumes(recipe, hanging, signum):
+    starter, worker = hanging
     starter.send_signal(signum)
     assert starter.wait(15) == (-9 if signum == signal.SIGKILL else 128 + signum)
     assert gone(worker)
@@ -301,8 +307,8 @@ def test_the_worker_ends_with_the_flywheel_and_the_next_start_resumes(recipe, tm
     assert ran(recipe) == ["0/pretrain resumed", *FIRST[2:], *SECOND]
 
 
-def test_a_killed_worker_is_a_failed_stage_with_its_signal(recipe, tmp_path):
-    starter, worker = start_and_hang(recipe, tmp_path)
+def test_a_killed_worker_is_a_failed_stage_with_its_signal(recipe, hanging):
+    starter, worker = hanging
     os.kill(worker, signal.SIGKILL)
     assert starter.wait(15) == 1
     assert RunFolder(Path(recipe.run_dir)).load_state().record(0, "pretrain").status == "failed"
