@@ -17,8 +17,6 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-import yaml
-
 from nemo_rmt import preflight
 from nemo_rmt.chain import PlannedStage, StageRef, plan_chain, recipe_digest
 from nemo_rmt.config import Recipe
@@ -194,7 +192,7 @@ class FlywheelRun:
     def work(self, job: StageJob, ref: StageRef, attempt: int) -> int:
         """Start the stage's process and wait for it; returns its exit status."""
         stage_yaml = self.folder(ref) / "stage.yaml"
-        write_text(stage_yaml, yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False))
+        job.save(stage_yaml)
         note = self.chain[ref].note
         print(f"{ref}" + (f" ({note})" if note else "") + (f", attempt {attempt}" if attempt > 1 else ""), flush=True)
         self.started += 1

@@ -5,11 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import yaml
-
 from nemo_rmt.errors import UserError
 from nemo_rmt.process import WRONG_INPUT, Interrupted, run_stage, signals_raise, worker_command
-from nemo_rmt.recipe_io import validate
 from nemo_rmt.run_folder import RunFolder, inspect_checkpoint
 from nemo_rmt.stages.job import StageJob
 
@@ -21,7 +18,7 @@ def run_stage_file(path: Path) -> int:
     folder beside it. Raises UserError for an unreadable file or inputs that are missing.
     """
     folder = path.resolve().parent
-    job = _read(path)
+    job = StageJob.load(path)
     for role in job.inputs:
         source = job.input_folder(folder, role)
         if not source.is_dir():
@@ -41,16 +38,3 @@ def run_stage_file(path: Path) -> int:
     if status:
         print(f"nemo-rmt: {path} failed with exit status {status}", file=sys.stderr)
     return status if status in (0, WRONG_INPUT) else 1
-
-
-def _read(path: Path) -> StageJob:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    try:
-        return validate(StageJob, values)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error

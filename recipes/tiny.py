@@ -1,4 +1,4 @@
-"""tiny: a 0.8 M parameter model through two turns of the flywheel in minutes on two CPU cores."""
+"""tiny: a 0.85 M parameter model through two turns of the flywheel in minutes on two CPU cores."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def tiny() -> Recipe:
             optim=Optim(lr=2e-3, schedule="linear", min_lr=0.0, beta2=0.98),
             checkpoint_interval=100,
         ),
-        # light: a heavy one on this noisy data would erase what ReMiT brought
+        # light, and still: on this noisy data it takes back what ReMiT brought
         sft=SFT(
             steps=16,
             micro_batch_size=32,

@@ -100,7 +100,5 @@ class Cluster(Section):
     """Machines."""
     gpus_per_node: PositiveInt = 1
     """Processes started on each machine: one per GPU, or CPU processes where there is no GPU."""
-    gpu_memory_gib: PositiveFloat = 80.0
-    """Memory of one GPU in GiB, for the pre-flight's estimate."""
     threads: PositiveInt | None = None
     """CPU threads per process; null: cores divided by processes."""

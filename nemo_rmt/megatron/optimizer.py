@@ -46,7 +46,7 @@ def build_scheduler(optim: Optim, optimizer: MegatronOptimizer, steps: int) -> O
         optimizer,
         init_lr=optim.lr / (warmup + 1) if warmup else 0.0,
         max_lr=optim.lr,
-        min_lr=min(optim.min_lr, optim.lr),
+        min_lr=optim.min_lr,
         lr_warmup_steps=warmup,
         lr_decay_steps=steps,
         lr_decay_style=DECAY_STYLES[optim.schedule],

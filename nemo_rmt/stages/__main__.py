@@ -15,8 +15,6 @@ import traceback
 import warnings
 from pathlib import Path
 
-import yaml
-
 from nemo_rmt.errors import UserError
 from nemo_rmt.process import REFUSAL, WRONG_INPUT, die_with_parent
 from nemo_rmt.stages.job import StageJob
@@ -38,8 +36,8 @@ def main(argv: list[str]) -> int:
     die_with_parent()
     try:
         job = StageJob.load(path)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        print(f"error: cannot read {path}: {error}", file=sys.stderr)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
         return WRONG_INPUT
     start_logging(path.parent / "log" / f"rank_{rank}.log")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections import defaultdict
@@ -94,17 +95,13 @@ def evaluate_tasks(session: Session, model: ScoredModel) -> tuple[dict[str, floa
     for task in session.tasks:
         for split in ("held_out", "longer") if task.has_longer else ("held_out",):
             name = task.name if split == "held_out" else f"{task.name}_longer"
-            problems = list(_first(task.problems(split, session.seed("evaluate")), session.recipe.evaluate.problems))
+            problems = list(
+                itertools.islice(task.problems(split, session.seed("evaluate")), session.recipe.evaluate.problems)
+            )
             figures, tokens = evaluate_problems(session, model, task, problems)
             metrics |= {f"tasks/{name}/{key}": value for key, value in figures.items()}
             sampled += tokens
     return metrics, sampled
-
-
-def _first(problems, count: int):
-    """The first ``count`` of an iterator."""
-    for _, problem in zip(range(count), problems, strict=False):
-        yield problem
 
 
 def evaluate_problems(

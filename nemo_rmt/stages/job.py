@@ -8,6 +8,9 @@ from typing import Literal
 import yaml
 
 from nemo_rmt.config import Recipe, Section
+from nemo_rmt.errors import UserError
+from nemo_rmt.recipe_io import validate
+from nemo_rmt.run_folder import write_text
 
 StageName = Literal["data", "pretrain", "anneal", "sft", "rl", "evaluate"]
 
@@ -31,13 +34,21 @@ class StageJob(Section):
 
     @classmethod
     def load(cls, path: Path) -> StageJob:
-        """Read a stage.yaml."""
-        return cls.model_validate(yaml.safe_load(path.read_text()))
+        """Read a stage.yaml. Raises UserError naming the file, and the key that is wrong."""
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error}") from error
+        except yaml.YAMLError as error:
+            raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        try:
+            return validate(cls, values)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
     def save(self, path: Path) -> None:
         """Write a stage.yaml that ``python -m nemo_rmt.stages`` runs alone."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+        write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
 
     def input_folder(self, stage_dir: Path, role: str) -> Path | None:
         """The folder given for a role, or None. Relative ones are resolved against the run folder."""
