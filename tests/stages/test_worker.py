@@ -100,7 +100,7 @@ def test_a_refusal_by_the_ranks_of_torchrun_has_status_2(recipe, data_folder, tm
 
 def test_a_stage_file_that_cannot_be_read_is_refused(outcomes):
     status, errors, _ = outcomes["not yaml"]
-    assert status == 2 and "error: cannot read" in errors and "Traceback" not in errors
+    assert status == 2 and "stage.yaml is not valid YAML" in errors and "Traceback" not in errors
 
 
 def test_a_crash_has_status_1_and_its_traceback_in_the_log(outcomes):
