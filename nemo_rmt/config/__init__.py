@@ -8,14 +8,18 @@ cannot work are refused when the recipe is built, long before a process starts. 
 from nemo_rmt.config.data import Corpus, Data, Task, Tokenizer
 from nemo_rmt.config.layout import Cluster, Model, Parallel
 from nemo_rmt.config.recipe import Flywheel, Recipe, Tracking
+from nemo_rmt.config.rmt import RMT, TIERS, Budget, Curriculum, Difficulty, Prompt, Reward
 from nemo_rmt.config.section import Section
 from nemo_rmt.config.stages import GRPO, RL, SFT, Anneal, Evaluate, Optim, Pretrain, ReMiT, Rollout, Stage
 
 __all__ = [
     "Anneal",
+    "Budget",
     "Cluster",
     "Corpus",
+    "Curriculum",
     "Data",
+    "Difficulty",
     "Evaluate",
     "Flywheel",
     "GRPO",
@@ -23,13 +27,17 @@ __all__ = [
     "Optim",
     "Parallel",
     "Pretrain",
+    "Prompt",
     "RL",
+    "RMT",
     "ReMiT",
     "Recipe",
+    "Reward",
     "Rollout",
     "SFT",
     "Section",
     "Stage",
+    "TIERS",
     "Task",
     "Tokenizer",
     "Tracking",

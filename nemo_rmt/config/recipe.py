@@ -8,6 +8,7 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from nemo_rmt.config.data import Data, Tokenizer
 from nemo_rmt.config.layout import Cluster, Model, Parallel
+from nemo_rmt.config.rmt import RMT
 from nemo_rmt.config.section import Section
 from nemo_rmt.config.stages import RL, SFT, Anneal, Evaluate, Pretrain, Rollout, Stage
 
@@ -61,6 +62,8 @@ class Recipe(Section):
     """Pre-training."""
     anneal: Anneal = Anneal()
     """Annealing."""
+    rmt: RMT = RMT()
+    """Reinforcement mid-training."""
     sft: SFT = SFT()
     """Supervised fine-tuning."""
     rl: RL = RL()
@@ -100,7 +103,26 @@ class Recipe(Section):
             )
         for name in ("pretrain", "anneal", "sft", "rl"):
             self._batch(name, getattr(self, name))
+        if self.rmt.enabled:
+            self._reasoning()
         return self
+
+    def _reasoning(self) -> None:
+        """Refuse RMT settings that do not go with the rest."""
+        rmt, names = self.rmt, [corpus.name for corpus in self.data.corpora]
+        longest = rmt.longest_document + rmt.thought_limit + rmt.reward.prediction_tokens + 2
+        if longest > self.model.max_position:
+            raise ValueError(
+                f"rmt: a document of {rmt.longest_document} tokens and a response of up to 2 × rmt.budget.initial = "
+                f"{rmt.thought_limit} exceed model.max_position={self.model.max_position}: lower rmt.document_length, "
+                "rmt.sequence_length or rmt.budget.initial, or set rmt.enabled=false"
+            )
+        for name in rmt.corpora:
+            if name not in names:
+                raise ValueError(
+                    f"rmt.corpora: {name!r} is no entry of data.corpora ({', '.join(names) or 'none'}): name one of "
+                    "those, or set rmt.corpora=[] for all of them"
+                )
 
     def _batch(self, name: str, stage: Stage) -> None:
         """Refuse batch arithmetic that does not work out for one stage."""

@@ -162,6 +162,8 @@ class Evaluate(Section):
     """Rows per forward."""
     sequence_length: PositiveInt = 128
     """Tokens per row."""
+    positions: NonNegativeInt = 100
+    """Held-out tokens of each difficulty tier that are predicted directly and after a thought, where there is RMT."""
     tier_edges: tuple[float, float] = (0.5, 1.5)
     """Entropy edges in nats between easy, medium and hard tokens."""
 

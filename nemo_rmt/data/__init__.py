@@ -1,12 +1,14 @@
 """From files and generators to token batches: tokenizer, corpora, tasks with verifiers, SFT examples.
 
-Nothing here knows about Megatron or processes, and only ``batch`` and ``tree`` import torch: the command line's
-pre-flight reads corpora and tasks without it.
+Nothing here knows about Megatron or processes, and only ``batch``, ``tree`` and ``difficulty`` import torch: the
+command line's pre-flight reads corpora and tasks without it.
 
 - ``tokenizer``: a tokenizer folder, or a byte-level BPE trained on the corpora; conversations to tokens.
 - ``corpora``: documents of each corpus kind, split into training and held-out ones that never overlap.
 - ``tasks``: problems with verifiers, for RL and evaluation.
 - ``sft``: conversations for supervised fine-tuning, from a file or generated.
+- ``difficulty``, ``positions``: which tokens of documents are hard, and which of them RMT asks for.
+- ``thoughts``: the prompt that asks for a token after a thought, and what a response holds.
 - ``batch``: ``TokenBatch``, what every training objective and evaluation is given.
 - ``tree``: documents with the responses that branch off them, packed so that a document is computed once.
 """

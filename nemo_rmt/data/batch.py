@@ -91,6 +91,13 @@ class TokenBatch:
         """The given rows, with their extras."""
         return self._map(lambda tensor: tensor[rows])
 
+    def narrowed(self, multiple: int) -> TokenBatch:
+        """Without the last columns, where they are padding in every row; the width stays a multiple of ``multiple``
+        unless the batch is narrower."""
+        used = int((self.segment_ids >= 0).any(0).nonzero().max()) + 1
+        width = -(-used // multiple) * multiple
+        return self._map(lambda tensor: tensor[:, :width])
+
     def micro_batches(self, size: int) -> list[TokenBatch]:
         """The rows in order, ``size`` at a time. Raises ValueError when they do not divide."""
         rows = self.tokens.shape[0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
@@ -17,6 +18,9 @@ from nemo_rmt.data.seeds import generator, problem_is_held_out
 
 OPERATIONS = ("+1", "+2", "+3", "-1", "-2", "-3", "*2", "*3")
 """Few enough for a small model to learn the table of results within a million tokens."""
+
+PIECE = re.compile(r"\d|[-+*=#]|[a-z]+|\s|[^\w\s]")
+"""Words, signs and line ends of a program."""
 
 Style = Literal["worked", "direct", "program", "think"]
 STYLES: tuple[Style, ...] = get_args(Style)
@@ -92,23 +96,49 @@ def solution(question: str, rng: random.Random | None = None, error_rate: float 
 def program(question: str) -> str:
     """A small program up to the digit it prints, the one hard token of this raw text."""
     steps = "".join(f"x{operator}{operand}\n" for operator, operand in zip(question[1::2], question[2::2]))
-    return f"x={question[0]}\n{steps}print(x%10)\n# "
+    return f"x={question[0]}\n{steps}print(x%10)\n#"
 
 
-def document(style: Style, question: str, rng: random.Random, error_rate: float, lazy: float) -> str:
+def document(
+    style: Style,
+    question: str,
+    rng: random.Random,
+    error_rate: float,
+    lazy: float,
+    instruction: str = "",
+    anywhere: float = 0.0,
+) -> str:
     """A document about one problem.
 
-    worked ``Q:...\\nA:3+1=4*2=8#8``; direct ``Q:...\\nA:#8``; program: the program and the digit it prints;
-    think: the same with the working between ``<think>`` and ``</think>`` before the digit, which with
-    probability ``lazy`` stops after a random step (half of those) or is empty (the other half).
+    worked ``Q:...\nA:3+1=4*2=8#8``; direct ``Q:...\nA:#8``; program: the program and the digit it prints;
+    think: a program with a thought in it, between ``<think>`` and ``</think>``, see :func:`thoughtful`.
     """
-    if style in ("worked", "direct"):
-        return f"Q:{question}\nA:{solution(question, rng, error_rate, direct=style == 'direct')}"
     values = running_values(question, rng, error_rate)
-    thought = ""
+    if style in ("worked", "direct"):
+        return f"Q:{question}\nA:" + ("" if style == "direct" else working(question, values)) + f"#{values[-1]}"
     if style == "think":
-        scratch = working(question, values)
-        if rng.random() < lazy:
-            scratch = scratch[: 1 + 4 * rng.randrange(len(values) - 1)] if rng.random() < 0.5 else ""
-        thought = f"<think>{scratch}</think>"
-    return f"{program(question)}{thought}{values[-1]}\n"
+        return thoughtful(question, values, rng, lazy, instruction, anywhere)
+    return f"{program(question)}{values[-1]}\n"
+
+
+def thoughtful(
+    question: str, values: Sequence[int], rng: random.Random, lazy: float, instruction: str, anywhere: float
+) -> str:
+    """A program in which a thought precedes the printed digit, or with probability ``anywhere`` any piece of it.
+
+    The thought is the working of the operations read so far; with probability ``lazy`` it stops after a random step
+    (half of those) or is empty (the other half). ``instruction`` stands before it, with ``{budget}`` replaced by its
+    length: characters, which are tokens where digits and operators are tokens of their own, as in the tokenizers
+    trained here.
+    """
+    before, after = program(question), f"{values[-1]}\n"
+    if rng.random() < anywhere:
+        pieces = PIECE.findall(before)
+        # Behind the first line, which nothing could be thought about, and where what follows cannot merge with it.
+        cut = rng.choice([index for index in range(4, len(pieces)) if pieces[index - 1] not in "(%)"])
+        before, after = "".join(pieces[:cut]), "".join(pieces[cut:]) + after
+    steps = len(re.findall(r"x[+*-]\d\n", before))
+    scratch = working(question[: 1 + 2 * steps], values[: 1 + steps])
+    if rng.random() < lazy:
+        scratch = scratch[: 1 + 4 * rng.randrange(max(1, steps))] if rng.random() < 0.5 else ""
+    return f"{before}{instruction.replace('{budget}', str(len(scratch)))}<think>{scratch}</think>{after}"

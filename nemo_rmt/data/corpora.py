@@ -39,6 +39,10 @@ class ChainCorpusOptions(Section):
     """Probability that a step is wrong."""
     lazy: float = Field(0.6, ge=0, le=1)
     """Probability that a think document stops thinking early."""
+    instruction: str = ""
+    """What stands before <think>; {budget} is the length of the thought that follows, in characters."""
+    anywhere: float = Field(0.0, ge=0, le=1)
+    """Probability that a thought stands before any piece of the program, not before the digit it prints."""
 
     @model_validator(mode="after")
     def _some_style(self) -> ChainCorpusOptions:
@@ -167,7 +171,9 @@ def _chain_documents(corpus: Corpus, data: Data, split: Split, seed: int) -> Ite
     for _ in range(_num_documents(corpus, split)):
         (style,) = rng.choices(styles, frequencies)
         question = chains.draw(rng, options.lengths, held_out=split == "held_out")
-        yield chains.document(style, question, rng, options.error_rate, options.lazy)
+        yield chains.document(
+            style, question, rng, options.error_rate, options.lazy, options.instruction, options.anywhere
+        )
 
 
 def _solutions_task(corpus: Corpus, data: Data) -> tuple[TaskFamily, SolutionsOptions, Section]:

@@ -28,6 +28,12 @@ PIECES = (
 )
 """What merges may not cross in a trained tokenizer: GPT-2's pattern with the first two lines added."""
 
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + place): byte for place, byte in enumerate(sorted({*range(256)} - {*_PRINTABLE}))
+}
+"""The byte that each character of a byte-level vocabulary stands for: GPT-2's table."""
+
 
 class Tokenizer:
     """A tokenizer and its folder's conventions. Documents can never produce a special token.
@@ -118,6 +124,29 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of tokens. Ids outside the vocabulary (a model's padding of it) are left out."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, ids: Sequence[int]) -> bytes:
+        """The UTF-8 bytes tokens stand for, parts of a character included, which ``decode`` cannot give.
+
+        Ids outside the vocabulary are left out. Raises UserError when the tokenizer is not byte-level.
+        """
+        if not isinstance(self._backend.decoder, decoders.ByteLevel):
+            raise UserError(
+                f"rmt.reward.match=prefix compares bytes, and the tokens of tokenizer {self._source} are not made of "
+                "them: use a byte-level BPE tokenizer (as GPT-2's, Llama 3's and Qwen's), or rmt.reward.match=token"
+            )
+        return b"".join(map(self._bytes_of, ids))
+
+    def _bytes_of(self, token: int) -> bytes:
+        text = self._backend.id_to_token(token) or ""
+        if token in self._added or not all(character in BYTES for character in text):
+            return text.encode()
+        return bytes(BYTES[character] for character in text)
+
+    @functools.cached_property
+    def _added(self) -> set[int]:
+        """Ids outside the model's vocabulary: their text stands for itself."""
+        return set(self._backend.get_added_tokens_decoder())
 
     def chat_prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         """Tokens of a conversation up to where the assistant's next turn begins."""

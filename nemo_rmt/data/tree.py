@@ -126,6 +126,39 @@ def pack_trees(
     return batch
 
 
+def split_tree(tree: TokenTree, length: int, key: str = "sequence_length of this stage") -> list[TokenTree]:
+    """A tree as several of at most ``length`` tokens that train the same; one that fits is returned as it is.
+
+    The branches keep their order. The first tree has the whole trunk and its mask; the others repeat as much of the
+    trunk as their branches see, with a mask of zeros.
+    key: the recipe key that bounds ``length``, for the message. Raises UserError when the trunk and one branch do not
+    fit.
+    """
+    if len(tree) <= length:
+        return [tree]
+    longest = max((len(branch.tokens) for branch in tree.branches), default=0)
+    if len(tree.trunk) + longest > length:
+        raise UserError(
+            f"a trunk of {len(tree.trunk)} tokens and a branch of {longest} do not fit into {length}: raise {key} to "
+            f"at least {len(tree.trunk) + longest}, or use shorter documents or branches"
+        )
+    parts: list[list[Branch]] = [[]]
+    seen, room = len(tree.trunk), length - len(tree.trunk)  # tokens of the last part's trunk, and those left beside it
+    for branch in tree.branches:
+        room -= len(branch.tokens) + max(branch.position - seen, 0)
+        seen = max(seen, branch.position)
+        if room < 0:
+            parts.append([])
+            seen = max(branch.position, 1)
+            room = length - seen - len(branch.tokens)
+        parts[-1].append(branch)
+    trees = [TokenTree(tree.trunk, parts[0], tree.mask)]
+    for part in parts[1:]:
+        seen = max(1, *(branch.position for branch in part))
+        trees.append(TokenTree(tree.trunk[:seen], part, [0.0] * seen))
+    return trees
+
+
 def _first_fit(trees: Sequence[TokenTree], length: int) -> list[list[TokenTree]]:
     """The rows' trees."""
     packed: list[list[TokenTree]] = []

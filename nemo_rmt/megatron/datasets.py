@@ -6,6 +6,7 @@ stopped.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterable
@@ -22,6 +23,9 @@ from torch import Tensor
 
 from nemo_rmt.data.tokenizer import Tokenizer
 from nemo_rmt.errors import UserError
+
+FINGERPRINTED = 16 * 2**20
+"""Bytes at each end of a dataset's tokens that its fingerprint reads."""
 
 
 def write_dataset(prefix: Path, documents: Iterable[list[int]], vocab_size: int) -> tuple[int, int]:
@@ -125,6 +129,60 @@ def token_counts(prefix: Path, vocab_size: int) -> numpy.ndarray:
     for index in range(len(dataset)):
         counts += numpy.bincount(numpy.asarray(dataset[index]), minlength=vocab_size)
     return counts
+
+
+def pieces_of(
+    prefix: Path, *, max_tokens: int | None, longest: int, split: bool, seed: int, name: str
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Documents of a dataset in an order set by ``seed``, so that a part of them is a fair sample.
+
+    max_tokens: stop with the document that reaches as many, None for all. longest: most tokens of a piece, at least 2;
+    longer documents are cut into pieces of as many, the last shorter, when ``split``. name: the corpus, for messages.
+
+    Returns int64 ``[pieces, 3]`` (the document's index, the piece's first token in it, its length) and the pieces'
+    tokens end to end, int32. A piece of 1 token, which has nothing to predict, is left out.
+    Raises UserError for a longer document without ``split``, and when nothing is left.
+    """
+    if longest < 2:
+        raise ValueError(f"longest must be at least 2, got {longest}")
+    dataset = IndexedDataset(str(prefix))  # kept: what it returns points into its memory map
+    lengths = dataset.sequence_lengths.astype(numpy.int64)
+    kept = lengths - (lengths % longest == 1)
+    order = numpy.random.default_rng(seed).permutation(len(lengths))
+    if max_tokens is not None:
+        order = order[: numpy.searchsorted(numpy.cumsum(kept[order]), max_tokens) + 1]
+    order = order[kept[order] > 0]
+    if not len(order):
+        raise UserError(f"data.corpora[{name}] has no document of 2 tokens or more: take it out of rmt.corpora")
+    if not split and lengths[order].max() > longest:
+        raise UserError(
+            f"data.corpora[{name}] has a document of {lengths[order].max()} tokens, more than rmt.document_length="
+            f"{longest}: set rmt.long_documents=split, or raise rmt.document_length"
+        )
+    pieces, parts = [], []
+    for document in order.tolist():
+        size = int(kept[document])
+        pieces += [(document, first, min(longest, size - first)) for first in range(0, size, longest)]
+        parts.append(dataset[document][:size])
+    return numpy.array(pieces, dtype=numpy.int64), numpy.concatenate(parts, dtype=numpy.int32)
+
+
+def dataset_fingerprint(prefix: Path) -> str:
+    """sha256 of a dataset: its index, its size, and the first and last 16 MiB of its tokens.
+
+    The index holds every document's length, so that other documents would have to agree in all of it.
+    """
+    digest = hashlib.sha256()
+    with open(f"{prefix}.idx", "rb") as index:
+        while block := index.read(FINGERPRINTED):
+            digest.update(block)
+    size = os.path.getsize(f"{prefix}.bin")
+    digest.update(str(size).encode())
+    with open(f"{prefix}.bin", "rb") as tokens:
+        digest.update(tokens.read(FINGERPRINTED))
+        tokens.seek(max(0, size - FINGERPRINTED))
+        digest.update(tokens.read(FINGERPRINTED))
+    return digest.hexdigest()
 
 
 def dataset_exists(prefix: Path) -> bool:

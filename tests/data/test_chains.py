@@ -34,8 +34,8 @@ def test_the_documents_read_as_promised():
     assert texts == {
         "worked": "Q:3+1*2\nA:3+1=4*2=8#8",
         "direct": "Q:3+1*2\nA:#8",
-        "program": "x=3\nx+1\nx*2\nprint(x%10)\n# 8\n",
-        "think": "x=3\nx+1\nx*2\nprint(x%10)\n# <think>3+1=4*2=8</think>8\n",
+        "program": "x=3\nx+1\nx*2\nprint(x%10)\n#8\n",
+        "think": "x=3\nx+1\nx*2\nprint(x%10)\n#<think>3+1=4*2=8</think>8\n",
     }
 
 
@@ -82,3 +82,29 @@ def test_all_held_out_problems_are_visited_once_in_any_order():
 def test_held_out_lengths_take_turns():
     first = list(itertools.islice(chains.held_out_questions([3, 4, 7], seed=5), 30))
     assert [len(question) // 2 for question in first] == [3, 4, 7] * 10
+
+
+def test_an_instruction_before_a_thought_names_its_length():
+    rng = random.Random(4)
+    for _ in range(50):
+        question = chains.draw(rng, [3, 4, 5])
+        text = chains.document("think", question, rng, error_rate=0.2, lazy=0.5, instruction=" [{budget}]")
+        prompt, rest = text.split("<think>")
+        thought = rest.split("</think>")[0]
+        assert prompt == f"{chains.program(question)} [{len(thought)}]"
+
+
+def test_a_thought_anywhere_is_about_the_operations_read_so_far():
+    rng = random.Random(5)
+    places = set()
+    for _ in range(200):
+        question = chains.draw(rng, [3, 4])
+        text = chains.document("think", question, rng, error_rate=0.2, lazy=0.0, anywhere=1.0)
+        before, rest = text.split("<think>")
+        thought, after = rest.split("</think>")
+        digit = (before + after)[-2]
+        assert before + after == f"{chains.program(question)}{digit}\n"
+        steps = re.findall(r"x([+*-]\d)\n", before)
+        assert re.sub(r"=\d", "", thought) == question[0] + "".join(steps)
+        places.add(before[-1])
+    assert {"\n", "x", "+"} < places and not places & set("(%)")

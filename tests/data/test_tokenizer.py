@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 
 from nemo_rmt import config
-from nemo_rmt.data.tokenizer import Tokenizer, train_tokenizer
+from nemo_rmt.data.tokenizer import BYTES, Tokenizer, train_tokenizer
 from nemo_rmt.errors import UserError
 
 
@@ -98,6 +100,54 @@ def test_conventions_are_read_as_hugging_face_writes_them(tokenizer_folder, tmp_
 
 def test_ids_beyond_the_vocabulary_are_left_out_of_text(tokenizer):
     assert tokenizer.decode([*tokenizer.encode("ab"), tokenizer.vocab_size + 5]) == "ab"
+
+
+def test_the_bytes_of_tokens_are_those_of_the_text_and_every_token_has_its_own(tokenizer):
+    @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
+    def check(text):
+        tokens = tokenizer.encode(text)
+        assert tokenizer.token_bytes(tokens) == text.encode()
+        assert b"".join(tokenizer.token_bytes([token]) for token in tokens) == text.encode()
+
+    check()
+    assert tokenizer.token_bytes([tokenizer.think, tokenizer.vocab_size + 5, tokenizer.eod]) == b"<think><|endoftext|>"
+
+
+def test_the_byte_table_is_that_of_byte_level_tokenizers():
+    assert set(BYTES) == set(pre_tokenizers.ByteLevel.alphabet())
+    assert sorted(BYTES.values()) == list(range(256))
+    assert (BYTES["A"], BYTES["Ġ"], BYTES["Ċ"]) == (ord("A"), ord(" "), ord("\n"))
+
+
+def hugging_face(model, decoder, folder: Path) -> Tokenizer:
+    """A tokenizer as transformers writes those of published models, with added tokens of every kind."""
+    backend = Backend(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoder
+    backend.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
+    backend.add_tokens([AddedToken(content, special=False) for content in ("<think>", "    ", "née", "｜日▁")])
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    return Tokenizer.load(folder)
+
+
+def test_added_tokens_are_the_bytes_of_their_text(tmp_path):
+    vocabulary = {character: index for index, character in enumerate(sorted(BYTES))}
+    merged = {**vocabulary, "ĠA": 256, "日": 257}
+    model = models.BPE(vocab=merged, merges=[("Ġ", "A")], ignore_merges=True)
+    loaded = hugging_face(model, decoders.ByteLevel(), tmp_path / "bpe")
+    text = "<think> A    née ü｜日▁\n"
+    tokens = loaded.encode(text)
+    assert loaded.token_bytes(tokens) == text.encode()
+    assert sum(token > 257 for token in tokens) == 4
+    assert loaded.token_bytes([257]).decode() == loaded.decode([257]) == "日"  # no byte-level token, yet in some models
+
+
+def test_a_tokenizer_that_is_not_byte_level_has_no_bytes_of_tokens(tmp_path):
+    model = models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>")
+    loaded = hugging_face(model, decoders.Metaspace(), tmp_path / "words")
+    with pytest.raises(UserError, match="rmt.reward.match=prefix .*words .*or rmt.reward.match=token"):
+        loaded.token_bytes([0])
 
 
 def test_a_missing_folder_is_named(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_rmt.data.tree import Branch, TokenTree, pack_trees
+from nemo_rmt.data.tree import Branch, TokenTree, pack_trees, split_tree
 from nemo_rmt.errors import UserError
 
 PAD = 99
@@ -28,10 +28,10 @@ def branches(draw, trunk: int) -> Branch:
 
 
 @st.composite
-def token_trees(draw) -> TokenTree:
+def token_trees(draw, most_branches: int = 3) -> TokenTree:
     trunk = draw(st.lists(st.integers(0, 50), min_size=1, max_size=6))
     mask = draw(st.none() | lists(len(trunk), st.sampled_from([0.0, 1.0])))
-    return TokenTree(trunk, draw(st.lists(branches(len(trunk)), max_size=3)), mask)
+    return TokenTree(trunk, draw(st.lists(branches(len(trunk)), max_size=most_branches)), mask)
 
 
 def cells(tree: TokenTree, start: int, segment: int, branches_before: int) -> list[dict]:
@@ -124,6 +124,45 @@ def test_trees_survive_micro_batches_selection_and_moves():
 def test_a_tree_that_does_not_fit_names_the_key_to_raise():
     with pytest.raises(UserError, match="a tree of 11 tokens .* 4 and 3 branches. does not fit into 10: raise rmt.seq"):
         pack_trees([TokenTree([1], []), example()], 10, PAD, key="rmt.sequence_length")
+
+
+@given(token_trees(most_branches=8), st.integers(0, 8))
+def test_the_parts_of_a_tree_train_the_same_and_fit(tree, spare):
+    length = len(tree.trunk) + max((len(branch.tokens) for branch in tree.branches), default=0) + spare
+    parts = split_tree(tree, length)
+    assert all(len(part) <= length for part in parts)
+    assert [id(branch) for part in parts for branch in part.branches] == [id(branch) for branch in tree.branches]
+    assert (parts[0].trunk, parts[0].mask) == (tree.trunk, tree.mask)
+    for part in parts[1:]:
+        assert part.trunk == tree.trunk[: max(1, *(branch.position for branch in part.branches))]
+        assert part.mask == [0.0] * len(part.trunk)
+    for part, following in zip(parts, parts[1:], strict=False):  # no tree that has room is left
+        branch = following.branches[0]
+        trunk = max(len(part.trunk), branch.position)
+        assert trunk + sum(len(each.tokens) for each in [*part.branches, branch]) > length
+
+
+def test_a_tree_that_fits_is_not_split():
+    tree = example()
+    assert split_tree(tree, 11) == [tree] and split_tree(tree, 11)[0] is tree
+
+
+def test_a_split_example_by_hand():
+    first, second, third = split_tree(example(), 7, key="rmt.sequence_length")
+    assert ([branch.tokens for branch in first.branches], first.mask) == ([[11, 12, 13]], [1, 1, 0, 1])
+    assert (second.trunk, [branch.tokens for branch in second.branches]) == ([1, 2], [[21, 22]])
+    assert (third.trunk, [branch.tokens for branch in third.branches]) == ([1, 2, 3, 4], [[31, 32]])
+    at_the_beginning = TokenTree([1, 2], [Branch(0, [5, 6], [0, 1]) for _ in range(3)])
+    assert [part.trunk for part in split_tree(at_the_beginning, 4)] == [[1, 2], [1], [1]]
+
+
+def test_a_trunk_and_a_branch_that_do_not_fit_name_the_key_to_raise():
+    with pytest.raises(
+        UserError, match="a trunk of 4 tokens and a branch of 3 do not fit into 6: raise rmt.seq.* 7, or"
+    ):
+        split_tree(example(), 6, key="rmt.sequence_length")
+    with pytest.raises(UserError, match="a trunk of 3 tokens"):
+        split_tree(TokenTree([1, 2, 3], []), 2)
 
 
 @pytest.mark.parametrize(
