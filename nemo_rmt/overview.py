@@ -19,9 +19,10 @@ HEADLINES = {
     "data": ("data/*/train_tokens", "lm/all/unigram_nll"),
     "pretrain": ("train/loss",),
     "anneal": ("train/loss", "remit/weight_std"),
+    "rmt": ("rmt/match_rate", "rmt/think_length"),
     "sft": ("train/loss",),
     "rl": ("rl/reward_mean",),
-    "evaluate": ("lm/all/nll", "lm/all/unigram_nll", "tasks/*/pass@1", "tasks/*/greedy"),
+    "evaluate": ("lm/all/nll", "lm/all/unigram_nll", "tokens/hard/ntr", "tasks/*/pass@1", "tasks/*/greedy"),
 }
 """Metrics of each stage's result shown in the summary, as patterns; ``*`` stands for one name."""
 

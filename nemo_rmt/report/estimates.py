@@ -68,15 +68,16 @@ class Skill:
     def read(cls, metrics: Mapping[str, float], prefix: str, task: str) -> Skill | None:
         """From evaluate's metrics; prefix "" for the final model or "sft/", ...; None when it was not measured."""
         base = f"{prefix}tasks/{task}/"
-        pass_at_1 = _estimate(metrics, base + "pass@1")
+        pass_at_1 = estimate(metrics, base + "pass@1")
         if pass_at_1 is None:
             return None
         ks = [key.removeprefix(base + "pass@") for key in metrics if key.startswith(base + "pass@")]
         k = max((int(text) for text in ks if text.isdigit() and text != "1"), default=None)
-        return cls(pass_at_1, _estimate(metrics, base + "greedy"), _estimate(metrics, f"{base}pass@{k}"), k)
+        return cls(pass_at_1, estimate(metrics, base + "greedy"), estimate(metrics, f"{base}pass@{k}"), k)
 
 
-def _estimate(metrics: Mapping[str, float], key: str) -> Estimate | None:
+def estimate(metrics: Mapping[str, float], key: str) -> Estimate | None:
+    """A metric with its interval where that was recorded; None when it was not measured."""
     if key not in metrics:
         return None
     low, high = metrics.get(key + "_low"), metrics.get(key + "_high")
@@ -120,4 +121,4 @@ def _solves_more(after: Skill, before: Estimate | None) -> bool:
     if before is None:
         return False
     measured = [after.pass_at_1] if after.greedy is None else [after.pass_at_1, after.greedy]
-    return any(difference(before, estimate).is_above_zero for estimate in measured)
+    return any(difference(before, new).is_above_zero for new in measured)

@@ -1,54 +1,17 @@
-"""The page's plots, as SVG images inside data URIs so that the page needs no other file."""
+"""The page's plots of the stages that every run has, and of ReMiT's weights."""
 
 from __future__ import annotations
 
-import base64
-import io
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
+from nemo_rmt.report.drawing import ITERATION_COLORS, STAGE_COLORS, STYLE, Figure, as_figure, curve, thin
 from nemo_rmt.report.estimates import Skill
-from nemo_rmt.report.findings import evaluated_tasks
 from nemo_rmt.report.run import TRAINING, Run, StageRecord
-from nemo_rmt.report.tables import MODEL_NAMES, MODELS, prefix, unique
-
-STAGE_COLORS = {"pretrain": "#5b6b7b", "anneal": "#d1662b", "sft": "#2f8f6f", "rl": "#3767b0"}
-ITERATION_COLORS = ("#8a96a3", "#3767b0", "#d1662b", "#2f8f6f", "#8d5aa5", "#b0983a")
-MAX_POINTS = 400
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "nemo_rmt",
-    "font.family": ["DejaVu Sans", "sans-serif"],
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#8a96a3",
-    "axes.labelcolor": "#3d4852",
-    "xtick.color": "#5b6b7b",
-    "ytick.color": "#5b6b7b",
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": "#e6eaee",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-}
-
-
-@dataclass(frozen=True)
-class Figure:
-    """image: data URI; caption: what to see; sources: files it was drawn from, relative to the run."""
-
-    title: str
-    image: str
-    caption: str
-    sources: list[str]
+from nemo_rmt.report.tables import MODEL_NAMES, MODELS, prefix
 
 
 def all_figures(run: Run) -> list[Figure]:
@@ -63,7 +26,7 @@ def all_figures(run: Run) -> list[Figure]:
 def accuracy(run: Run) -> Figure | None:
     """pass@1 of each stage's model, iteration beside iteration, with intervals and greedy accuracy."""
     panels, sources = [], []
-    for task in evaluated_tasks(run):
+    for task in run.tasks:
         for key, title in ((task, f"{task}, trained lengths"), (f"{task}_longer", f"{task}, longer problems")):
             bars = {}
             for iteration in range(run.num_iterations):
@@ -86,7 +49,7 @@ def accuracy(run: Run) -> Figure | None:
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     grid[0, 0].legend(loc="upper left", ncols=2, fontsize=8)
-    return _figure(
+    return as_figure(
         canvas,
         "Accuracy by iteration",
         "Share of held-out problems solved by each stage's model: bars are pass@1 (sampled at temperature 1) with 95 % "
@@ -137,13 +100,15 @@ def losses(run: Run) -> Figure | None:
         return None
     canvas = Canvas(figsize=(10, 5.6), layout="constrained")
     loss, rl_loss, rate = canvas.subplots(3, 1, sharex=True, height_ratios=[3, 1.2, 1.2])
+    panels = {"rl": ((rl_loss, "train/loss"),), "rmt": ((loss, "ntp/loss"), (rl_loss, "rl/loss"))}
     start, iteration = 0, -1
     for stage in stages:
         color, last = STAGE_COLORS[stage.name], stage.steps[-1]["step"]
-        steps, values = stage.series("train/loss")
-        _curve(rl_loss if stage.name == "rl" else loss, [start + step for step in steps], values, color, None)
+        for axes, name in panels.get(stage.name, ((loss, "train/loss"),)):
+            steps, values = stage.series(name)
+            curve(axes, [start + step for step in steps], values, color, None)
         steps, rates = stage.series("train/lr")
-        rate.plot(*_thin([start + step for step in steps], rates), color=color, linewidth=1.4)
+        rate.plot(*thin([start + step for step in steps], rates), color=color, linewidth=1.4)
         for axes in (loss, rl_loss, rate):
             axes.axvspan(start, start + last, color=color, alpha=0.07, linewidth=0)
         if stage.iteration != iteration:
@@ -176,12 +141,12 @@ def losses(run: Run) -> Figure | None:
     rate.set_ylim(bottom=0)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=False)
     loss.margins(x=0.005, y=0.12)
-    return _figure(
+    return as_figure(
         canvas,
         "Loss and learning rate",
         "Every training stage in order. Faint lines are single steps, bold ones a running mean. Bases of different "
-        "iterations are comparable; SFT's loss counts the assistant's tokens only, and GRPO's loss is near 0 by "
-        "construction: its reward, below, is what to read.",
+        "iterations are comparable; RMT's next-token and GRPO terms are in their own panels, SFT's loss counts the "
+        "assistant's tokens only, and GRPO's loss is near 0 by construction: its reward, below, is what to read.",
         [f"{stage.folder}/metrics.jsonl" for stage in stages],
     )
 
@@ -200,12 +165,12 @@ def reinforcement(run: Run) -> Figure | None:
     for axes, (name, title) in zip(canvas.subplots(1, 3), panels):
         for stage in stages:
             color = ITERATION_COLORS[stage.iteration % len(ITERATION_COLORS)]
-            _curve(axes, *stage.series(name), color, f"iteration {stage.iteration}")
+            curve(axes, *stage.series(name), color, f"iteration {stage.iteration}")
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if name != "rl/response_length" else None)
     canvas.axes[0].legend(loc="lower right", fontsize=8)
-    return _figure(
+    return as_figure(
         canvas,
         "Reinforcement learning",
         "Reward and length of the sampled responses in training. A group whose responses all got the same reward "
@@ -245,53 +210,23 @@ def remit_weights(stage: StageRecord, epsilon: float) -> Figure:
     steps, means = stage.series("remit/weight_mean")
     _, deviations = stage.series("remit/weight_std")
     if len(means) == len(deviations):
-        thin_steps, lower = _thin(steps, [mean - std for mean, std in zip(means, deviations)])
-        _, upper = _thin(steps, [mean + std for mean, std in zip(means, deviations)])
+        thin_steps, lower = thin(steps, [mean - std for mean, std in zip(means, deviations)])
+        _, upper = thin(steps, [mean + std for mean, std in zip(means, deviations)])
         spread.fill_between(thin_steps, lower, upper, color="#d1662b", alpha=0.2, linewidth=0, label="± 1 std")
-    spread.plot(*_thin(steps, means), color="#d1662b", linewidth=1.6, label="mean")
+    spread.plot(*thin(steps, means), color="#d1662b", linewidth=1.6, label="mean")
     spread.set(title="Mean and spread", xlabel="step")
     spread.set_ylim(low, high)
     spread.legend(fontsize=8, loc="upper right", ncols=2)
     for name, color, label in (("share_low", "#3767b0", f"at {low:.2g}"), ("share_high", "#d1662b", f"at {high:.2g}")):
         steps, shares = stage.series(f"remit/{name}")
-        _curve(clipped, steps, [100 * share for share in shares], color, label)
+        curve(clipped, steps, [100 * share for share in shares], color, label)
     clipped.set(title="Clipped, % of tokens", xlabel="step")
     clipped.set_ylim(0, clipped.get_ylim()[1] * 1.2)
     clipped.legend(fontsize=8, loc="upper right", ncols=2)
-    return _figure(
+    return as_figure(
         canvas,
         f"ReMiT's token weights, iteration {stage.iteration}",
         "How strongly the RL model re-weights the corpus. Tokens it finds likelier than the base does, more than is "
         "usual in their document, weigh above 1. Clipped tokens are in the outer bins.",
         [f"{stage.folder}/metrics.jsonl"],
     )
-
-
-def _curve(axes: Any, steps: list[int], values: list[float], color: str, label: str | None) -> None:
-    """Single steps faintly, their running mean boldly."""
-    if not steps:
-        return
-    window = max(1, len(values) // 40)
-    axes.plot(*_thin(steps, values), color=color, linewidth=0.8 if window > 1 else 1.4, alpha=0.3 if window > 1 else 1)
-    if window > 1:
-        total, means = 0.0, []
-        for place, value in enumerate(values):
-            total += value - (values[place - window] if place >= window else 0.0)
-            means.append(total / min(place + 1, window))
-        axes.plot(*_thin(steps, means), color=color, linewidth=1.8, label=label)
-    else:
-        axes.lines[-1].set_label(label)
-
-
-def _thin(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:
-    """At most MAX_POINTS of a curve, the last one included: a long run must not make a page of many megabytes."""
-    stride = -(-len(steps) // MAX_POINTS) or 1
-    return steps[::-1][::stride][::-1], values[::-1][::stride][::-1]
-
-
-def _figure(canvas: Canvas, title: str, caption: str, sources: list[str]) -> Figure:
-    """The drawn canvas as a Figure. An image keeps the ids inside its SVG apart from those of the other figures."""
-    file = io.BytesIO()
-    canvas.savefig(file, format="svg", metadata={"Date": None})
-    image = "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
-    return Figure(title, image, caption, unique(sources))

@@ -14,8 +14,8 @@ import yaml
 from nemo_rmt.errors import UserError
 from nemo_rmt.tracking import read_metrics
 
-CHAIN = ("data", "pretrain", "anneal", "sft", "rl", "evaluate")
-TRAINING = ("pretrain", "anneal", "sft", "rl")
+CHAIN = ("data", "pretrain", "anneal", "rmt", "sft", "rl", "evaluate")
+TRAINING = ("pretrain", "anneal", "rmt", "sft", "rl")
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,16 @@ class StageRecord:
     def has_remit(self) -> bool:
         """Whether it was trained with ReMiT's weights."""
         return any("remit/weight_mean" in record for record in self.steps)
+
+    @property
+    def has_reasoning(self) -> bool:
+        """Whether it was trained on sampled thoughts."""
+        return any("rmt/match_rate" in record for record in self.steps)
+
+    @property
+    def is_rmt_baseline(self) -> bool:
+        """Whether it was next-token prediction alone in RMT's place, by what it logged."""
+        return self.name == "rmt" and bool(self.steps) and not self.has_reasoning
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,19 @@ class Run:
                 return stage
         return StageRecord(iteration, name, _folder(iteration, name))
 
+    @cached_property
+    def tasks(self) -> list[str]:
+        """The tasks evaluated anywhere in the run, without the longer variants."""
+        known = {str(task.get("name")) for task in self.setting("data", "tasks", default=[])}
+        names = [
+            key.split("/")[-2]
+            for stage in self.stages
+            if stage.name == "evaluate"
+            for key in stage.metrics
+            if "tasks/" in key and key.endswith("/pass@1")
+        ]
+        return list(dict.fromkeys(name for name in names if name in known or not name.endswith("_longer")))
+
     def setting(self, *keys: str, default: Any = None) -> Any:
         """A value of the recipe by its path."""
         value: Any = self.recipe
@@ -113,13 +136,23 @@ class Run:
         return default if value is None else value
 
 
+def domains(metrics: dict[str, float]) -> list[str]:
+    """The domains with a held-out nll, "all" last."""
+    names = list(dict.fromkeys(key.split("/")[-2] for key in metrics if "lm/" in key))
+    return sorted(names, key=lambda name: name == "all")
+
+
 def _planned(recipe: dict[str, Any], iteration: int) -> tuple[str, ...]:
     """The stages the recipe asks of an iteration; none without a recipe."""
     if not recipe or iteration >= int(recipe.get("iterations") or 0):
         return ()
-    if iteration:
-        return CHAIN[2:]
-    return tuple(name for name in CHAIN if name != "pretrain" or not (recipe.get("pretrain") or {}).get("checkpoint"))
+    left_out = {"data", "pretrain"} if iteration else set()
+    if (recipe.get("pretrain") or {}).get("checkpoint"):
+        left_out.add("pretrain")
+    # The recipe of a run from before RMT has no such section.
+    if not (recipe.get("rmt") or {"enabled": False}).get("enabled", True):
+        left_out.add("rmt")
+    return tuple(name for name in CHAIN if name not in left_out)
 
 
 def _load_stage(run: Path, recipe: dict[str, Any], iteration: int, name: str, state: dict[str, Any]) -> StageRecord:

@@ -5,10 +5,17 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
+from nemo_rmt.report.estimates import Estimate
 from nemo_rmt.report.run import TRAINING, Run, StageRecord
 
-MODELS = ("pretrain", "anneal", "sft", "rl")
-MODEL_NAMES = {"pretrain": "pre-trained", "anneal": "annealed", "sft": "after SFT", "rl": "after RL"}
+MODELS = ("pretrain", "anneal", "rmt", "sft", "rl")
+MODEL_NAMES = {
+    "pretrain": "pre-trained",
+    "anneal": "annealed",
+    "rmt": "after RMT",
+    "sft": "after SFT",
+    "rl": "after RL",
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ def stage_rows(run: Run) -> list[dict[str, str]]:
     return [
         {
             "iteration": str(stage.iteration),
-            "name": stage.name + (" (ReMiT)" if stage.has_remit else ""),
+            "name": stage.name + _variant(stage),
             "status": stage.status,
             "steps": _steps(stage),
             "tokens": count(stage.result["tokens"]) if stage.result.get("tokens") else "–",
@@ -73,8 +80,16 @@ def tier_table(run: Run) -> Table | None:
 def _tier(metrics: dict[str, float], base: str) -> str:
     if base + "accuracy" not in metrics:
         return "–"
-    share = metrics.get(base + "share")
-    return f"{100 * metrics[base + 'accuracy']:.1f} %" + ("" if share is None else f" of {100 * share:.0f} % of tokens")
+    portion = metrics.get(base + "share")
+    of_tokens = "" if portion is None else f" of {100 * portion:.0f} % of tokens"
+    return f"{100 * metrics[base + 'accuracy']:.1f} %{of_tokens}"
+
+
+def _variant(stage: StageRecord) -> str:
+    """What is not plain about a stage's objective, by what it logged."""
+    if stage.has_remit:
+        return " (ReMiT)"
+    return " (next-token prediction)" if stage.is_rmt_baseline else ""
 
 
 def _steps(stage: StageRecord) -> str:
@@ -91,6 +106,11 @@ def _speed(stage: StageRecord) -> str:
         return count(statistics.median(speeds))
     tokens, wall = stage.result.get("tokens"), stage.result.get("wall_s")
     return count(tokens / wall) if stage.name in TRAINING and tokens and wall else "–"
+
+
+def share(estimate: Estimate | None) -> str:
+    """``47.1 % [44.0, 50.2]``, or a dash for what was not measured."""
+    return "–" if estimate is None else estimate.as_share()
 
 
 def unique(entries: list[str]) -> list[str]:

@@ -42,8 +42,8 @@ def test_summary_holds_every_stage_result(finished_run):
     _, summary = page_and_summary(finished_run)
     assert summary["recipe"] == "tiny" and summary["status"] == "done"
     assert [entry["iteration"] for entry in summary["iterations"]] == [0, 1]
-    assert list(summary["iterations"][0]["stages"]) == ["data", "pretrain", "anneal", "sft", "rl", "evaluate"]
-    assert list(summary["iterations"][1]["stages"]) == ["anneal", "sft", "rl", "evaluate"]
+    assert list(summary["iterations"][0]["stages"]) == ["data", "pretrain", "anneal", "rmt", "sft", "rl", "evaluate"]
+    assert list(summary["iterations"][1]["stages"]) == ["anneal", "rmt", "sft", "rl", "evaluate"]
     for number, entry in enumerate(summary["iterations"]):
         for name, stage in entry["stages"].items():
             assert stage == json.loads((finished_run / f"iteration_{number:03d}/{name}/result.json").read_text())
@@ -53,8 +53,10 @@ def test_findings_follow_the_numbers(finished_run):
     page, summary = page_and_summary(finished_run)
     assert verdicts(summary) == [
         ("pre-training", 0, "beats unigram"),
+        ("RMT", 0, "better"),
         ("RL", 0, "sharpening"),
         ("ReMiT", 1, "higher"),
+        ("RMT", 1, "better"),
         ("RL", 1, "sharpening"),
     ]
     assert "RL sharpened existing skill and did not teach new skill" in page
@@ -95,7 +97,7 @@ def test_the_page_needs_no_other_file(finished_run):
     page = write_report(finished_run).read_text()
     assert not re.search(r"<script|<link|url\(|https?://", page)
     sources = re.findall(r'<img src="([^"]*)"', page)
-    assert len(sources) == 4 and all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert len(sources) == 6 and all(source.startswith("data:image/svg+xml;base64,") for source in sources)
     for source in sources:
         assert ElementTree.fromstring(base64.b64decode(source.split(",")[1])).tag.endswith("svg")
 
