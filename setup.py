@@ -17,7 +17,7 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=[*find_packages(include=["nemo_rmt", "nemo_rmt.*"]), "nemo_rmt.recipes"],
     package_dir={"nemo_rmt": "nemo_rmt", "nemo_rmt.recipes": "recipes"},
-    package_data={"nemo_rmt.recipes": ["*.yaml"], "nemo_rmt.report": ["*.j2"]},
+    package_data={"nemo_rmt.recipes": ["baselines/*.yaml"], "nemo_rmt.report": ["*.j2"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.17",
@@ -34,7 +34,14 @@ setup(
     ],
     # NVIDIA Apex is not on PyPI: the package called apex there is something else. See the README.
     extras_require={
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "reasoning-gym==0.1.25"],
+        # trl: an independent GRPO loss to compare with
+        "test": [
+            "pytest>=8.0",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "reasoning-gym==0.1.25",
+            'trl==1.16.0; python_version >= "3.11"',
+        ],
         # leptonai 0.47 lost the module that nemo_run 0.11.1 imports
         "nemo": ["nemo_run==0.11.1", "leptonai>=0.26.6,<0.47"],
         "bridge": ["megatron-bridge==0.3.1"],

@@ -2,7 +2,7 @@
 
 A row holds whole trees: the trunk's tokens, then each branch's. A branch sees its trunk before its fork and itself, at
 the positions it would have as a sequence of its own, so that every log-probability and gradient is that of separate
-sequences. ``megatron.attention.tree_mask`` is the mask that goes with the layout.
+sequences. ``megatron.attention.row_structure`` says who sees whom.
 """
 
 from __future__ import annotations

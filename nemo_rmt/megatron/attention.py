@@ -1,61 +1,47 @@
-"""The core attention given to Megatron through its layer spec: any mask, and a key/value cache for sampling.
+"""The core attention given to Megatron through its layer spec: packed documents, token trees, and sampling.
 
-Megatron's own attention knows causal masks and a cache of un-rotated keys. Ours takes an explicit boolean mask (packed
-documents, left-padded prompts, token trees) and keeps rotated keys, so that a decoding step costs one position and a
-cached prefix can be shared. It runs PyTorch's scaled_dot_product_attention, which picks a fused kernel.
+Megatron's own attention knows causal masks and a cache of un-rotated keys. Ours takes an explicit mask (left-padded
+prompts) or the structure of the rows (packed documents, token trees), under which keys that no query of a block sees
+are not touched at all. While sampling it has a cache of rotated keys (see ``megatron.cache``). PyTorch's fused kernels
+do the work: scaled_dot_product_attention, and flex_attention for structured rows on a GPU.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
+import functools
+import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+# Queries that attend together: fewer would skip more keys, but every block costs a kernel. Keys are skipped in smaller
+# blocks, which must divide these.
+QUERY_BLOCK, KEY_BLOCK = 128, 64
 
-class KeyValueCache:
-    """Rotated keys and values of one layer, ``[batch, groups, length, head_dim]``, grown in place.
-
-    Args:
-        length: most positions the cache will hold (prompt plus response).
-    """
-
-    def __init__(self, length: int):
-        self.length = length
-        self.used = 0
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add new positions; returns all keys and values so far."""
-        if self.keys is None:
-            shape = (*keys.shape[:2], self.length, keys.shape[3])
-            self.keys, self.values = keys.new_empty(shape), values.new_empty(shape)
-        end = self.used + keys.shape[2]
-        self.keys[:, :, self.used : end] = keys
-        self.values[:, :, self.used : end] = values
-        self.used = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def select(self, rows: Tensor) -> None:
-        """Keep only these batch rows (finished ones leave the batch)."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
+Sees = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
+"""May in this row, in this head, this query attend to this key? From indices that broadcast to booleans; the head's is
+not read. flex_attention's mask_mod."""
 
 
 class MaskedAttention(MegatronModule):
-    """Scaled dot-product attention under an explicit mask.
+    """Scaled dot-product attention under a mask or a structure.
 
-    ``attention_mask`` is a boolean ``[batch, 1, queries, keys]`` tensor in which True means *may attend* (PyTorch's
-    convention; nothing else in Megatron reads it), or None for plain causal attention.
+    ``attention_mask``, which nothing else in Megatron reads, is one of
+
+    * integers ``[batch, 3 or 1, sequence]``: the structure of the rows, see ``row_structure``;
+    * booleans ``[batch, 1, queries, keys]`` in which True means *may attend* (PyTorch's convention);
+    * None: plain causal attention.
     """
 
     def __init__(self, config, layer_number, attn_mask_type=None, attention_type=None, softmax_scale=None, **_):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
-        self.cache: KeyValueCache | None = None
+        self.cache = None  # a megatron.cache.KeyValueCache while sampling
 
     def forward(self, query, key, value, attention_mask, **_) -> Tensor:
         """``[queries, batch, heads, dim]`` and ``[keys, batch, groups, dim]`` to ``[queries, batch, heads * dim]``."""
@@ -63,60 +49,151 @@ class MaskedAttention(MegatronModule):
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         if self.cache is not None:
             key, value = self.cache.append(key, value)
-        output = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            is_causal=attention_mask is None and queries > 1,
-            scale=self.softmax_scale,
-            enable_gqa=key.shape[1] != heads,
-        )
+            if self.cache.forks is not None:
+                output = self.cache.attend(query, attention_mask, self.softmax_scale)
+                return output.permute(2, 0, 1, 3).reshape(queries, batch, heads * dim)
+        if attention_mask is None or attention_mask.dtype == torch.bool:
+            output = _attend(query, key, value, attention_mask, self.softmax_scale)
+        else:
+            output = structured_attention(query, key, value, attention_mask, self.softmax_scale)
         return output.permute(2, 0, 1, 3).reshape(queries, batch, heads * dim)
 
 
-def document_mask(segment_ids: Tensor) -> Tensor:
-    """Causal attention within documents.
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """``[batch, heads, queries, dim]`` and ``[batch, groups, keys, dim]`` to the former; without a mask causal."""
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None and query.shape[2] > 1,
+        scale=scale,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
 
-    Args:
-        segment_ids: ``[batch, sequence]``, one number per document of a row; padding (-1) sees padding only.
 
-    Returns:
-        ``[batch, 1, sequence, sequence]`` boolean, True where a query may attend.
-    """
-    return tree_mask(segment_ids)
+def row_structure(segment_ids: Tensor, branch_ids: Tensor | None = None, fork_columns: Tensor | None = None) -> Tensor:
+    """What each token sees, as one tensor: causal attention within documents, from whose middle branches may fork.
 
-
-def tree_mask(segment_ids: Tensor, branch_ids: Tensor | None = None, fork_columns: Tensor | None = None) -> Tensor:
-    """Causal attention within documents, from whose middle branches may fork.
-
-    A token sees what is before it in its document, or in its branch and in its branch's document before the fork.
+    A token sees what is before it in its document, or in its branch and in its branch's document before the fork. A
+    tensor, because Megatron's recomputation hands nothing else to a layer.
 
     Args:
         segment_ids, branch_ids, fork_columns: ``[batch, sequence]``, see TokenBatch; the latter two are None when
-            nothing branches.
+            nothing branches. Padding (segment -1) sees padding only.
 
     Returns:
-        ``[batch, 1, sequence, sequence]`` boolean, True where a query may attend.
+        ``[batch, 3, sequence]`` integers, ``[batch, 1, sequence]`` when nothing branches.
     """
-    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    visible = same & torch.ones(same.shape[-2:], dtype=torch.bool, device=same.device).tril()
-    if branch_ids is None:
-        return visible
-    together = branch_ids[:, None, :, None] == branch_ids[:, None, None, :]
-    # A document precedes its branches: what is before the fork is of the document.
-    before_fork = torch.arange(branch_ids.shape[1], device=branch_ids.device) < fork_columns[:, None, :, None]
-    return visible & (together | before_fork)
+    return torch.stack([segment_ids] if branch_ids is None else [segment_ids, branch_ids, fork_columns], 1)
 
 
-@contextlib.contextmanager
-def caching(models: Iterable[nn.Module], length: int) -> Iterator[list[KeyValueCache]]:
-    """Give every attention layer of the models a cache of ``length`` positions until the block is left."""
-    layers = [module for model in models for module in model.modules() if isinstance(module, MaskedAttention)]
-    for layer in layers:
-        layer.cache = KeyValueCache(length)
-    try:
-        yield [layer.cache for layer in layers]
-    finally:
-        for layer in layers:
-            layer.cache = None
+def visibility(structure: Tensor) -> Sees:
+    """The structure as a function of indices."""
+    segments, *tree = structure.unbind(1)
+
+    def in_document(row: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+        return (segments[row, query] == segments[row, key]) & (key <= query)
+
+    if not tree:
+        return in_document
+    branches, forks = tree
+
+    def in_tree(row: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+        together = branches[row, query] == branches[row, key]
+        # A document precedes its branches: what is before the fork is of the document.
+        return in_document(row, head, query, key) & (together | (key < forks[row, query]))
+
+    return in_tree
+
+
+def dense_mask(structure: Tensor, start: int = 0, end: int | None = None) -> Tensor:
+    """The structure as a boolean mask, ``[batch, 1, queries, end]``, of the queries from ``start`` to ``end``."""
+    batch, _, length = structure.shape
+    rows, columns = (torch.arange(size, device=structure.device) for size in (batch, end or length))
+    return visibility(structure)(rows[:, None, None, None], None, columns[start:, None], columns)
+
+
+def structured_attention(
+    query: Tensor, key: Tensor, value: Tensor, structure: Tensor, scale: float | None = None
+) -> Tensor:
+    """Attention of whole rows under their structure.
+
+    Args:
+        query: ``[batch, heads, sequence, dim]``.
+        key, value: ``[batch, groups, sequence, dim]``.
+        structure: see ``row_structure``.
+        scale: of the scores; None is 1/√dim.
+
+    Returns:
+        As ``query``.
+    """
+    if query.shape[2] <= QUERY_BLOCK:
+        return _attend(query, key, value, _derived(structure, dense_mask), scale)
+    # flex_attention needs the compiler, and heads of at least 16 numbers.
+    if query.is_cuda and query.shape[3] >= 16 and os.environ.get("TORCH_COMPILE_DISABLE") != "1":
+        return _attend_by_flex(query, key, value, structure, scale)
+    return _attend_in_blocks(query, key, value, structure, scale)
+
+
+class Block(NamedTuple):
+    """What a block of queries sees."""
+
+    keys: list[int]
+    """The blocks of keys of which any of its queries, in any row, sees any."""
+    mask: Tensor
+    """Which of their keys each query sees: boolean ``[batch, 1, queries, keys]``."""
+
+
+def _attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, structure: Tensor, scale: float | None) -> Tensor:
+    """Each block of queries with the blocks of keys that it sees."""
+    keys, values = key.split(KEY_BLOCK, 2), value.split(KEY_BLOCK, 2)
+    outputs = []
+    for part, block in zip(query.split(QUERY_BLOCK, 2), _derived(structure, _blocks), strict=True):
+        seen = (torch.cat([pieces[index] for index in block.keys], 2) for pieces in (keys, values))
+        outputs.append(_attend(part, *seen, block.mask, scale))
+    return torch.cat(outputs, 2)
+
+
+def _blocks(structure: Tensor) -> list[Block]:
+    """The blocks of queries, in order."""
+    blocks, length = [], structure.shape[2]
+    for start in range(0, length, QUERY_BLOCK):
+        mask = dense_mask(structure, start, min(start + QUERY_BLOCK, length))
+        parts = mask.split(KEY_BLOCK, -1)
+        keys = [index for index, seen in enumerate(mask.flatten(0, 2).any(0).split(KEY_BLOCK)) if seen.any()]
+        blocks.append(Block(keys, torch.cat([parts[index] for index in keys], -1)))
+    return blocks
+
+
+def _attend_by_flex(query: Tensor, key: Tensor, value: Tensor, structure: Tensor, scale: float | None) -> Tensor:
+    """The same by flex_attention, which generates a kernel that skips blocks."""
+    return _compiled()(
+        query,
+        key,
+        value,
+        block_mask=_derived(structure, _block_mask),
+        scale=scale,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    """Compiled for the shapes that occur, at its first calls; uncompiled it would hold every score at once."""
+    return torch.compile(flex_attention)
+
+
+def _block_mask(structure: Tensor) -> BlockMask:
+    """flex_attention's form of the structure."""
+    batch, _, length = structure.shape
+    return create_block_mask(
+        visibility(structure), batch, None, length, length, device=structure.device, BLOCK_SIZE=QUERY_BLOCK
+    )
+
+
+def _derived(structure: Tensor, derive: Callable[[Tensor], object]) -> object:
+    """What follows from a structure; kept with the tensor, so that the layers of a forward share it."""
+    if not hasattr(structure, "derived"):
+        structure.derived = derive(structure)
+    return structure.derived

@@ -25,7 +25,7 @@ class TokenScores(NamedTuple):
     """What the head returns, each ``[batch, sequence]``, float32, natural logarithms."""
 
     logprobs: Tensor
-    """Log-probability of the label under the model at the given temperature."""
+    """Log-probability of the label under the model at its temperature."""
     entropy: Tensor
     """Entropy of the predictive distribution in nats; zeros when not asked for."""
     hits: Tensor
@@ -41,7 +41,7 @@ class _ChunkedLogprob(torch.autograd.Function):
         logprobs, entropy, hits, normaliser = (hidden.new_zeros(size, dtype=torch.float32) for _ in range(4))
         for start in range(0, size, chunk):
             part = slice(start, start + chunk)
-            logits = _logits(hidden[part], weight, temperature)
+            logits = _logits(hidden[part], weight, _at(temperature, part))
             largest = _largest(logits)
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
             target, _ = _target(logits, labels[part], vocab_start)
@@ -71,7 +71,7 @@ class _ChunkedLogprob(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for start in range(0, labels.numel(), chunk):
             part = slice(start, start + chunk)
-            log_softmax = _logits(hidden[part], weight, temperature).sub_(normaliser[part, None])
+            log_softmax = _logits(hidden[part], weight, _at(temperature, part)).sub_(normaliser[part, None])
             probabilities = log_softmax.exp()
             factor = -grad_logprobs[part, None]
             if with_entropy:
@@ -79,7 +79,7 @@ class _ChunkedLogprob(torch.autograd.Function):
             grad = probabilities.mul_(factor)
             _, where = _target(grad, labels[part], vocab_start)
             grad[where] += grad_logprobs[part][where[0]]
-            grad = grad.div_(temperature).to(hidden.dtype)
+            grad = grad.div_(_at(temperature, part)).to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ weight
             if grad_weight is not None:
@@ -94,10 +94,15 @@ def _largest(logits: Tensor) -> Tensor:
     return logits.max(dim=-1).values if logits.shape[-1] else logits.new_full(logits.shape[:1], -torch.inf)
 
 
-def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+def _at(temperature: float | Tensor, part: slice) -> float | Tensor:
+    """The temperature of some of the tokens: ``[tokens, 1]`` where it is not the same for all."""
+    return temperature[part, None] if isinstance(temperature, Tensor) else temperature
+
+
+def _logits(hidden: Tensor, weight: Tensor, temperature: float | Tensor) -> Tensor:
     """``[tokens, local vocabulary]`` float32 logits at a temperature."""
     logits = (hidden @ weight.t()).float()
-    return logits if temperature == 1.0 else logits.div_(temperature)
+    return logits if isinstance(temperature, float) and temperature == 1.0 else logits.div_(temperature)
 
 
 def _accumulate(grad_weight: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
@@ -124,7 +129,7 @@ def token_scores(
     labels: Tensor,
     *,
     vocab_size: int,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     with_entropy: bool = False,
     chunk: int | None = None,
     sequence_parallel: bool = False,
@@ -137,7 +142,8 @@ def token_scores(
         weight: ``[padded vocabulary / tensor-parallel size, hidden]`` output embedding, this rank's shard.
         labels: ``[batch, sequence]`` token ids of the whole sequence.
         vocab_size: true vocabulary; padding rows get no probability, so that the result does not depend on padding.
-        temperature: divides the logits; use the sampling temperature to score sampled tokens.
+        temperature: divides the logits, one for all or ``[batch, sequence]``; use the sampling temperature to score
+            sampled tokens. Carries no gradient.
         with_entropy: also compute the entropy (one more buffer of a chunk's logits).
         chunk: tokens at once; None bounds a chunk's logits to 128 MiB.
         sequence_parallel: whether ``hidden`` is split along the sequence.
@@ -156,5 +162,6 @@ def token_scores(
     weight = weight[: max(0, min(end, vocab_size) - start)]
     sequence, batch, width = hidden.shape
     tokens, targets = hidden.reshape(sequence * batch, width), labels.t().reshape(-1)
+    temperature = temperature.t().reshape(-1) if isinstance(temperature, Tensor) else temperature
     outputs = _ChunkedLogprob.apply(tokens, weight, targets, temperature, chunk, with_entropy, group, start)
     return TokenScores(*(output.view(sequence, batch).t() for output in outputs))

@@ -68,16 +68,16 @@ class LogprobGPT(GPTModel):
         attention_mask: Tensor | None,
         labels: Tensor | None = None,
         *,
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         with_entropy: bool = False,
     ) -> Tensor | TokenScores:
         """One forward of this pipeline stage.
 
         Args:
             input_ids, position_ids, labels: ``[batch, sequence]`` int64.
-            attention_mask: ``[batch, 1, sequence, keys]`` boolean, True where a query may attend; None: causal.
+            attention_mask: what each token sees, see MaskedAttention.
             labels: next tokens; None: sample, see Returns.
-            temperature: the scores' softmax temperature.
+            temperature: the scores' softmax temperature, one for all or ``[batch, sequence]``.
             with_entropy: fill ``TokenScores.entropy``.
 
         Returns:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nemo_rmt.config import Model, Optim, Parallel
 from nemo_rmt.data.batch import TokenBatch
-from nemo_rmt.megatron.attention import tree_mask
+from nemo_rmt.megatron.attention import row_structure
 from nemo_rmt.megatron.cpu import redirected
 from nemo_rmt.megatron.head import TokenScores
 from nemo_rmt.megatron.model import LogprobGPT
@@ -49,7 +49,8 @@ class ScoredModel:
         Args:
             batch: rows of this rank, a multiple of ``micro_batch_size``.
             micro_batch_size: rows per forward.
-            temperature, with_entropy: see LogprobGPT.forward.
+            temperature: of the softmax; where documents branch, in the branches, and 1 in the documents.
+            with_entropy: see LogprobGPT.forward.
 
         Returns:
             TokenScores ``[rows, sequence]`` on the last pipeline stage, None on the others.
@@ -81,9 +82,9 @@ class ScoredModel:
             output = model(
                 micro.tokens,
                 micro.position_ids,
-                tree_mask(micro.segment_ids, micro.branch_ids, micro.fork_columns),
+                row_structure(micro.segment_ids, micro.branch_ids, micro.fork_columns),
                 micro.labels,
-                temperature=temperature,
+                temperature=_temperatures(temperature, micro),
                 with_entropy=with_entropy,
             )
             return output, functools.partial(_on_scores, loss, micro)
@@ -100,6 +101,13 @@ class ScoredModel:
                 forward_only=forward_only,
                 collect_non_loss_data=forward_only,
             )
+
+
+def _temperatures(temperature: float, micro: TokenBatch) -> float | Tensor:
+    """The temperature; where documents branch, of the branches' predictions only: documents were not sampled."""
+    if micro.branch_ids is None or temperature == 1.0:
+        return temperature
+    return torch.where(micro.branch_ids > 0, temperature, 1.0)
 
 
 def _on_scores(loss: Callable, micro: TokenBatch, scores: TokenScores, **keywords):
@@ -149,9 +157,10 @@ class TrainedModel(ScoredModel):
     ) -> dict[str, float | list[float]]:
         """One optimizer step over this data-parallel rank's micro-batches (the same number on every rank).
 
-        The gradient is that of the summed loss over the summed token count of all ranks. Returns the objective's
-        metrics as means, with ``grad_norm`` and the ``lr`` used, the same on every rank. Raises FloatingPointError when
-        the loss or the gradient is not finite; the last checkpoint is then the last good state.
+        The gradient is that of the summed loss over the summed token count of all ranks. ``temperature`` and
+        ``with_entropy`` are those of ``score``. Returns the objective's metrics as means, with ``grad_norm`` and the
+        ``lr`` used, the same on every rank. Raises FloatingPointError when the loss or the gradient is not finite; the
+        last checkpoint is then the last good state.
         """
 
         def loss(scores: TokenScores, micro: TokenBatch):

@@ -38,6 +38,7 @@ def grpo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     normalize: Literal["token", "sequence"] = "token",
+    response_ids: Tensor | None = None,
     kl_coefficient: float = 0.0,
     reference_logprobs: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
@@ -45,14 +46,16 @@ def grpo_loss(
 ) -> LossOutput:
     """−min(ρA, clip(ρ, 1−clip_low, 1+clip_high)·A) + β·k3, with ρ = exp(logprob − old logprob), over the mask.
 
-    logprobs: ``[batch, sequence]``, nats, of the sampled tokens under the policy, with gradient; one response a row.
+    logprobs: ``[batch, sequence]``, nats, of the sampled tokens under the policy, with gradient.
     old_logprobs: the same under the policy before the first update on these rollouts; ``logprobs.detach()`` when
         strictly on-policy (one update per rollout).
-    advantages: ``[batch, sequence]``, or ``[batch]`` for one advantage per response.
+    advantages: ``[batch, sequence]``, or ``[batch]`` for one advantage per row.
     mask: ``[batch, sequence]``, 0/1 over response tokens.
     normalize: ``token``: every token counts the same; num_tokens is the mask's count (DAPO). ``sequence``: every
         response counts the same; loss_sum adds the responses' own means and num_tokens is the number of responses
         with at least one masked token, so that the same division gives GRPO's mean over responses.
+    response_ids: ``[batch, sequence]`` integers that tell the responses of a row apart, for ``sequence``; None: a row
+        is one response.
     kl_coefficient, reference_logprobs: β and the KL's reference; k3 = exp(δ) − δ − 1, δ = reference − policy.
     rollout_logprobs, importance_cap: log-probabilities the sampler reported; the policy term (not the KL) is then
         multiplied by min(exp(old − rollout), cap), truncated importance sampling; without a cap, by the plain ratio.
@@ -68,6 +71,7 @@ def grpo_loss(
         old_logprobs=old_logprobs,
         advantages=advantages,
         mask=mask,
+        response_ids=response_ids,
         reference_logprobs=reference_logprobs,
         rollout_logprobs=rollout_logprobs,
     )
@@ -94,17 +98,23 @@ def grpo_loss(
         loss = loss + kl_coefficient * kl
         metrics["kl"] = mean_metric(kl, mask)
 
-    loss_sum, count = _reduce(masked(loss, mask), mask, normalize)
+    loss = masked(loss, mask)
+    if normalize == "token":
+        loss_sum, count = loss.sum(), mask.bool().sum()
+    else:
+        loss_sum, count = _sum_of_means(loss, mask, response_ids)
     metrics["loss"] = (loss_sum.detach(), count.float())
     return LossOutput(loss_sum, count, metrics)
 
 
-def _reduce(loss: Tensor, mask: Tensor, normalize: str) -> tuple[Tensor, Tensor]:
-    """The loss' sum and the integer it is to be divided by; loss is 0 outside the mask."""
-    tokens = mask.bool().sum(-1)
-    if normalize == "token":
-        return loss.sum(), tokens.sum()
-    return (loss.sum(-1) / tokens.clamp(min=1)).sum(), (tokens > 0).sum()
+def _sum_of_means(loss: Tensor, mask: Tensor, response_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The responses' mean losses over their masked tokens, added, and how many responses have any."""
+    rows = torch.arange(mask.shape[0], device=mask.device)[:, None].expand_as(mask)
+    ids = torch.zeros_like(rows) if response_ids is None else response_ids
+    kept = mask.bool()
+    responses = torch.stack([rows[kept], ids[kept]], 1)
+    found, response, tokens = responses.unique(dim=0, return_inverse=True, return_counts=True)
+    return (loss[kept] / tokens[response]).sum(), torch.tensor(len(found), device=mask.device)
 
 
 def _require_settings(

@@ -23,15 +23,21 @@ VOCABULARIES = (301, 150)
 
 def independent(hidden, weight, labels, vocab_size, temperature):
     """Log-probability, entropy and argmax hit from full float64 logits over the true vocabulary."""
-    logits = torch.einsum("sbh,vh->bsv", hidden.double(), weight[:vocab_size].double()) / temperature
+    logits = torch.einsum("sbh,vh->bsv", hidden.double(), weight[:vocab_size].double())
+    logits = logits / (temperature if isinstance(temperature, float) else temperature[:, :, None])
     logprobs = torch.log_softmax(logits, dim=-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(2, labels[:, :, None])[:, :, 0], entropy, (logits.argmax(-1) == labels).float()
 
 
-def check(layout, sequence_parallel: bool, vocab_size: int, temperature: float, chunk: int | None) -> None:
-    """Values and both gradients, for random upstream gradients of log-probabilities and entropies."""
+def check(layout, sequence_parallel: bool, vocab_size: int, temperature: float | None, chunk: int | None) -> None:
+    """Values and both gradients, for random upstream gradients of log-probabilities and entropies.
+
+    temperature: None is another one for every token.
+    """
     generator = torch.Generator().manual_seed(3)
+    if temperature is None:
+        temperature = 0.5 + torch.rand(BATCH, SEQUENCE, generator=generator)
     hidden = torch.randn(SEQUENCE, BATCH, WIDTH, generator=generator)
     weight = torch.randn(PADDED, WIDTH, generator=generator)
     labels = torch.randint(0, vocab_size, (BATCH, SEQUENCE), generator=generator)
@@ -74,7 +80,7 @@ if __name__ == "__main__":
     tensor, sequence_parallel = int(sys.argv[1]), len(sys.argv) > 2
     with distributed(Parallel(tensor=tensor), seed=0) as layout:
         for vocab_size in VOCABULARIES:
-            for temperature in (1.0, 0.7):
+            for temperature in (1.0, 0.7, None):
                 for chunk in (None, 5, 1):
                     check(layout, sequence_parallel, vocab_size, temperature, chunk)
         dist.barrier()

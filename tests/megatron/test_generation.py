@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy
 import pytest
 import torch
+from dense_masks import document_mask
 from small_recipe import small_recipe
 
-from nemo_rmt.megatron.attention import document_mask
 from nemo_rmt.megatron.generation import generate
 from nemo_rmt.megatron.model import build_model
 from nemo_rmt.megatron.runtime import distributed

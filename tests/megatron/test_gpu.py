@@ -41,7 +41,7 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stage", ["anneal", "sft", "rl"])
+@pytest.mark.parametrize("stage", ["anneal", "rmt", "sft", "rl"])
 def test_a_stage_on_the_gpu_follows_the_cpu(run, stage):
     recipe = small_recipe(str(run))
     checkpoint = "iteration_000/pretrain/checkpoints/step_00000005"

@@ -22,7 +22,7 @@ LAYOUTS = {
     "tp2_sp": (2, {"tensor": 2, "sequence": True}),
     "dp2": (2, {"distributed_optimizer": True}),
 }
-ARMS = ("uniform", "remit", "grpo")
+ARMS = ("uniform", "remit", "grpo", "rmt")
 TOLERANCE = 1e-5
 
 
@@ -43,6 +43,7 @@ def write_jobs(run: Path, name: str, processes: int, parallel: dict) -> list[Pat
         "remit": ("anneal", {**start, "reference": reference}),
         "evaluate": ("evaluate", {"data": start["data"], "sft": start["checkpoint"], "rl": reference}),
         "grpo": ("rl", start),
+        "rmt": ("rmt", start),
     }
     for arm, (stage, inputs) in jobs.items():
         recipe.anneal.objective = "remit" if arm == "remit" else "uniform"
@@ -55,7 +56,9 @@ def losses(stage: Path) -> dict[str, list[float]]:
     steps = read_metrics(stage.parent / "metrics.jsonl")
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5]
     names = ["train/loss", "train/grad_norm", "train/lr"] + [
-        n for n in ("rl/reward_mean", "remit/weight_std") if n in steps[0]
+        n
+        for n in ("rl/reward_mean", "remit/weight_std", "rmt/reward_mean", "rmt/think_length", "ntp/loss")
+        if n in steps[0]
     ]
     return {name: [step[name] for step in steps] for name in names}
 
@@ -101,10 +104,11 @@ def test_evaluation_equals_one_rank(run, layout):
 
 
 def test_objectives_differ_so_that_parity_means_something(run):
-    uniform, remit, grpo = (losses(run / "one_rank" / arm / "stage.yaml") for arm in ARMS)
+    uniform, remit, grpo, rmt = (losses(run / "one_rank" / arm / "stage.yaml") for arm in ARMS)
     assert uniform["train/loss"][1:] != pytest.approx(remit["train/loss"][1:], rel=TOLERANCE)
     assert min(remit["remit/weight_std"]) > 1e-3
     assert max(abs(loss) for loss in grpo["train/loss"]) > 1e-3 and min(grpo["train/grad_norm"]) > 1e-3
+    assert len(set(rmt["rmt/reward_mean"])) > 1 and min(rmt["train/grad_norm"]) > 1e-3 and min(rmt["ntp/loss"]) > 1
 
 
 def test_sampling_is_token_identical(run, layout):

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from dense_masks import document_mask
 from tiny_model import VOCAB, random_batch, tiny_recipe, world
 
 from nemo_rmt.config import Model
 from nemo_rmt.errors import UserError
-from nemo_rmt.megatron.attention import document_mask
 from nemo_rmt.megatron.model import VOCAB_MULTIPLE, build_model
 
 OPTIONS = [

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from dense_masks import document_mask, tree_mask
 from small_recipe import small_recipe
 from torchrun import run_ranks
 from tree_worker import random_trees
 
 from nemo_rmt.data.tree import pack_trees
-from nemo_rmt.megatron.attention import document_mask, tree_mask
 
 WORKER = Path(__file__).with_name("tree_worker.py")
 LAYOUTS = {
@@ -19,6 +19,7 @@ LAYOUTS = {
     "tp2_sp": {"tensor": 2, "sequence": True},
     "pp2": {"pipeline": 2},
     "tp2_pp2": {"tensor": 2, "pipeline": 2},
+    "recompute": {"tensor": 2, "sequence": True, "recompute": "full"},
 }
 
 

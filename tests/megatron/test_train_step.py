@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dense_masks import document_mask, tree_mask
 from tiny_model import VOCAB, next_token, random_batch, random_rows, tiny_recipe, trained, world
+from tree_worker import random_trees
 
 from nemo_rmt.config import Optim
 from nemo_rmt.data.batch import TokenBatch
-from nemo_rmt.megatron.attention import document_mask
+from nemo_rmt.data.tree import BRANCH_MASK, pack_trees
 from nemo_rmt.megatron.train_step import reduce_metrics
 from nemo_rmt.objectives import LossOutput
 
@@ -31,24 +33,29 @@ def free(recipe, seed: int = 1):
     return trained(recipe, Optim(lr=1e-2, clip_grad=0), seed=seed)
 
 
-def full_logits_gradients(module, batch: TokenBatch) -> tuple[dict[str, torch.Tensor], float]:
-    """Autograd of Σ w·nll / number of tokens through float32 logits of every position."""
+def full_logits_gradients(module, batch: TokenBatch, visible=None, temperatures=1.0) -> tuple[dict, float]:
+    """Autograd of Σ w·nll / number of tokens through float32 logits of every position; also the mean nll.
+
+    visible: ``[batch, 1, sequence, sequence]``, None for documents. temperatures: ``[batch, sequence, 1]``, or for all.
+    """
     for parameter in module.parameters():
         parameter.grad = None
     captured = {}
     handle = module.decoder.register_forward_hook(lambda _, __, output: captured.update(hidden=output))
-    module(batch.tokens, batch.position_ids, document_mask(batch.segment_ids), batch.labels)
+    module(
+        batch.tokens, batch.position_ids, document_mask(batch.segment_ids) if visible is None else visible, batch.labels
+    )
     handle.remove()
     tied = module.share_embeddings_and_output_weights
     weight = module.embedding.word_embeddings.weight if tied else module.output_layer.weight
-    logits = torch.einsum("sbh,vh->bsv", captured["hidden"], weight[:VOCAB])
+    logits = torch.einsum("sbh,vh->bsv", captured["hidden"], weight[:VOCAB]) / temperatures
     nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
     weights = batch.extras.get("weights", torch.ones_like(batch.loss_mask))
     mask = batch.loss_mask.flatten()
     loss = (weights.flatten() * nll * mask).sum() / mask.sum()
     grads = torch.autograd.grad(loss, list(module.parameters()))
     names = [name for name, _ in module.named_parameters()]
-    return dict(zip(names, grads, strict=True)), float((nll * mask).sum() / mask.sum())
+    return dict(zip(names, grads, strict=True)), float((nll.detach() * mask).sum() / mask.sum())
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -131,6 +138,23 @@ def test_scoring_equals_the_forward_of_training(temperature):
     for index, part in enumerate(scored):
         torch.testing.assert_close(torch.cat([scores[index].detach() for scores in seen]), part, **CLOSE)
     assert scored.entropy.min() > 0 and not scored.logprobs.requires_grad
+
+
+def test_in_a_tree_the_temperature_is_that_of_the_branches():
+    batch = pack_trees(random_trees(), 101, pad=0)
+    batch.loss_mask = batch.loss_mask + batch.extras[BRANCH_MASK]
+    temperatures = torch.full((*batch.tokens.shape, 1), 1.0)
+    temperatures[batch.branch_ids > 0] = 0.5
+    visible = tree_mask(batch.segment_ids, batch.branch_ids, batch.fork_columns)
+    expected, loss = full_logits_gradients(free(tiny_recipe()).modules[0], batch, visible, temperatures)
+    model = free(tiny_recipe())
+    scored = model.score(batch, 1, temperature=0.5).logprobs
+    assert -(scored * batch.loss_mask).sum() / batch.loss_mask.sum() == pytest.approx(loss, rel=1e-5)
+    assert model.train_step(batch.micro_batches(1), next_token, temperature=0.5)["loss"] == pytest.approx(
+        loss, rel=1e-5
+    )
+    for name, value in gradients(model).items():
+        torch.testing.assert_close(value, expected[name], **CLOSE, msg=name)
 
 
 def test_recomputing_activations_gives_the_same_gradients():

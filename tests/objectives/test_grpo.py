@@ -125,6 +125,32 @@ def test_sequence_normaliser_counts_only_responses_with_tokens():
     assert grpo_loss(policy, old, advantages, mask).num_tokens.item() == mask.sum().item()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_responses_that_share_a_row_count_like_responses_in_rows_of_their_own(seed):
+    policy, old, reference, _, advantages, mask = rollouts(batch=6, seed=seed)
+    mask[4] = 0  # and a response without a token counts in neither layout
+    settings_ = {"normalize": "sequence", "kl_coefficient": 0.1}
+    apart = grpo_loss(policy, old, advantages, mask, reference_logprobs=reference, **settings_)
+    (expected,) = torch.autograd.grad(apart.loss_sum, policy)
+    # Two rows of three responses each, whose tokens stand in any order; both rows use the same ids.
+    ids = torch.tensor([7, 0, 3, 0, 3, 7])[:, None].expand_as(mask)
+    advantages = advantages[:, None].expand_as(policy)
+    order = torch.randperm(3 * policy.shape[1], generator=torch.Generator().manual_seed(seed))
+    packed = [tensor.reshape(2, -1)[:, order] for tensor in (policy, old, advantages, mask, ids, reference)]
+    together = grpo_loss(*packed[:4], response_ids=packed[4], reference_logprobs=packed[5], **settings_)
+    (found,) = torch.autograd.grad(together.loss_sum, policy)
+    assert together.num_tokens.item() == apart.num_tokens.item() == 5
+    torch.testing.assert_close(together.loss_sum, apart.loss_sum)
+    torch.testing.assert_close(found, expected)
+
+
+def test_sequence_normaliser_without_any_token_leaves_nothing():
+    policy, old, _, _, advantages, mask = rollouts()
+    output = grpo_loss(policy, old, advantages, torch.zeros_like(mask), normalize="sequence")
+    output.loss_sum.backward()
+    assert output.loss_sum.item() == output.num_tokens.item() == policy.grad.abs().sum().item() == 0
+
+
 def test_on_policy_gradient_equals_the_plain_policy_gradient():
     policy, _, _, _, advantages, mask = rollouts()
     (gradient,) = torch.autograd.grad(grpo_loss(policy, policy.detach(), advantages, mask).loss_sum, policy)
