@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo_rmt.megatron.attention import caching
+from nemo_rmt.megatron.cache import Caches, caching
 from nemo_rmt.megatron.model import LogprobGPT, without_sequence_parallel
 
 # Finished rows leave the batch once they are a quarter of it: moving the caches costs more than a few idle rows.
@@ -22,13 +23,26 @@ KEEP_WHILE_RUNNING = 0.75
 class Sampled:
     """Sampled responses: ``tokens`` int64 and ``logprobs`` float32 ``[batch, steps]``, ``lengths`` int64 ``[batch]``.
 
-    Beyond a row's length both hold zeros. ``finished`` is boolean: the last token is a stop token.
+    Beyond a row's length both hold zeros. ``finished`` is boolean: a stop token or the marker ended the row.
     """
 
     tokens: Tensor
     logprobs: Tensor
     lengths: Tensor
     finished: Tensor
+
+
+@dataclass(frozen=True)
+class Trunks:
+    """Documents whose prefixes precede the prompts of a batch.
+
+    documents: token ids, every document used. indices: of each prompt's document. positions: how many of its tokens
+    precede the prompt.
+    """
+
+    documents: list[list[int]]
+    indices: list[int]
+    positions: list[int]
 
 
 @torch.no_grad()
@@ -40,6 +54,9 @@ def generate(
     stop_tokens: frozenset[int],
     temperature: float = 1.0,
     top_p: float = 1.0,
+    marker: int | None = None,
+    after_marker: int = 0,
+    trunks: Trunks | None = None,
 ) -> Sampled:
     """Sample one response per prompt.
 
@@ -50,6 +67,8 @@ def generate(
         stop_tokens: ids that end a row; finished rows leave the batch.
         temperature: 0 is greedy; its log-probabilities are then those at temperature 1.
         top_p: nucleus sampling below 1.
+        marker: id after whose first occurrence in a response ``after_marker`` tokens, at least one, end the row.
+        trunks: what precedes the prompts, computed once per document. The responses are those to the whole sequences.
 
     Returns:
         Sampled, the same on every model-parallel rank. Log-probabilities are at the sampling temperature over the whole
@@ -65,7 +84,8 @@ def generate(
     causal = columns[:width, None] >= columns[None, :width]
     # A padding query sees itself, or its softmax would be over nothing.
     mask = causal & visible[:, None, None, :width] | torch.eye(width, dtype=torch.bool, device=device)
-    positions = (columns[:width] - padding).clamp(min=0)
+    starts = torch.tensor(trunks.positions if trunks else [0] * len(prompts), device=device)[:, None]
+    positions = starts + (columns[:width] - padding).clamp(min=0)
     uniform = torch.from_numpy(noise).to(device)
     stops = torch.tensor(sorted(stop_tokens), device=device)
     result = Sampled(
@@ -76,32 +96,39 @@ def generate(
     )
     rows = torch.arange(len(prompts), device=device)  # which sequences the batch holds
     running = torch.ones_like(result.finished)  # and which of those go on
-    with _inference(chunks, width + limit) as caches:
+    left = torch.full_like(lengths, limit + 1)  # tokens until the marker ends a row; starts out of reach
+    shared = max(trunks.positions) if trunks else 0
+    with _inference(chunks, shared or width + limit) as caches:
+        if shared:
+            _forward_trunks(chunks, [document[:shared] for document in trunks.documents], device)
+            caches.fork(torch.tensor(trunks.indices, device=device), starts[:, 0], width + limit)
         for step in range(limit):
             logits = _forward(chunks, tokens, positions, mask)
             drawn, logprobs = _draw(logits, uniform[rows, step], temperature, top_p)
             result.tokens[rows[running], step] = drawn[running]
             result.logprobs[rows[running], step] = logprobs[running]
             result.lengths[rows[running]] += 1
-            ended = torch.isin(drawn, stops) & running
+            left -= 1
+            if marker is not None:
+                left[rows] = torch.where(drawn == marker, left[rows].clamp(max=after_marker), left[rows])
+            ended = (torch.isin(drawn, stops) | (left[rows] == 0)) & running
             result.finished[rows[ended]] = True
             running &= ~ended
             if not running.any():
                 break
             if running.sum() <= KEEP_WHILE_RUNNING * len(rows):
                 rows, drawn = rows[running], drawn[running]
-                for cache in caches:
-                    cache.select(running)
+                caches.select(running)
                 running = running[running]
             end = width + step + 1
-            tokens, positions = drawn[:, None], end - 1 - padding[rows]
+            tokens, positions = drawn[:, None], starts[rows] + end - 1 - padding[rows]
             mask = visible[rows, None, None, :end]
     steps = int(result.lengths.max())
     return Sampled(result.tokens[:, :steps], result.logprobs[:, :steps], result.lengths, result.finished)
 
 
 @contextlib.contextmanager
-def _inference(chunks: list[LogprobGPT], length: int):
+def _inference(chunks: list[LogprobGPT], length: int) -> Iterator[Caches]:
     """Evaluation mode, no sequence parallelism, a cache in every layer; all undone afterwards."""
     training = [chunk.training for chunk in chunks]
     for chunk in chunks:
@@ -114,7 +141,14 @@ def _inference(chunks: list[LogprobGPT], length: int):
             chunk.train(mode)
 
 
-def _forward(chunks: list[LogprobGPT], tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor | None:
+def _forward_trunks(chunks: list[LogprobGPT], documents: list[list[int]], device: torch.device) -> None:
+    """Fill the caches; what the padding on the right leaves there is before no fork."""
+    length = max(map(len, documents))
+    tokens = torch.tensor([document + [0] * (length - len(document)) for document in documents], device=device)
+    _forward(chunks, tokens, torch.arange(length, device=device).expand_as(tokens), None)
+
+
+def _forward(chunks: list[LogprobGPT], tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor | None:
     """One forward through all pipeline stages and model chunks; logits ``[batch, vocabulary]`` on the last stage."""
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     output = None

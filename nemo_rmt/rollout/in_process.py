@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from nemo_rmt.megatron.generation import generate
+from nemo_rmt.megatron.generation import Trunks, generate
 from nemo_rmt.megatron.model import LogprobGPT
-from nemo_rmt.rollout.engine import Rollout, Sampling, sampling_noise
+from nemo_rmt.rollout.engine import BranchPrompt, Rollout, Sampling, sampling_noise
 
 
 class InProcessEngine:
@@ -17,18 +17,77 @@ class InProcessEngine:
     def generate(self, prompts: list[list[int]], sample_ids: list[int], sampling: Sampling) -> list[Rollout]:
         """See RolloutEngine. Prompts of similar length share a batch, which does not change what is sampled."""
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        rollouts: list[Rollout | None] = [None] * len(prompts)
+        rollouts: dict[int, Rollout] = {}
         for start in range(0, len(order), self.batch_size):
             indices = order[start : start + self.batch_size]
-            sampled = generate(
-                self.chunks,
-                [prompts[index] for index in indices],
-                sampling_noise([sample_ids[index] for index in indices], sampling),
-                stop_tokens=sampling.stop_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
+            rollouts |= self._sample(indices, prompts, sample_ids, sampling)
+        return [rollouts[index] for index in range(len(prompts))]
+
+    def generate_branches(
+        self, documents: list[list[int]], prompts: list[BranchPrompt], sample_ids: list[int], sampling: Sampling
+    ) -> list[Rollout]:
+        """See RolloutEngine. Whole documents share a batch, those of similar length; one with more branches than a
+        batch holds takes several.
+
+        Raises ValueError for a position outside of its document.
+        """
+        for prompt in prompts:
+            if not 0 <= prompt.position <= len(documents[prompt.document]):
+                length = len(documents[prompt.document])
+                raise ValueError(f"position {prompt.position} is outside of a document of {length} tokens")
+        own = [prompt.tokens for prompt in prompts]
+        rollouts: dict[int, Rollout] = {}
+        for indices in _document_batches(prompts, self.batch_size):
+            used = sorted({prompts[index].document for index in indices})
+            trunks = Trunks(
+                documents=[documents[document] for document in used],
+                indices=[used.index(prompts[index].document) for index in indices],
+                positions=[prompts[index].position for index in indices],
             )
-            columns = (sampled.tokens, sampled.logprobs, sampled.lengths, sampled.finished)
-            for index, tokens, logprobs, length, finished in zip(indices, *(c.tolist() for c in columns), strict=True):
-                rollouts[index] = Rollout(prompts[index], tokens[:length], logprobs[:length], finished)
-        return rollouts
+            rollouts |= self._sample(indices, own, sample_ids, sampling, trunks)
+        return [rollouts[index] for index in range(len(prompts))]
+
+    def _sample(
+        self,
+        indices: list[int],
+        prompts: list[list[int]],
+        sample_ids: list[int],
+        sampling: Sampling,
+        trunks: Trunks | None = None,
+    ) -> dict[int, Rollout]:
+        """One batch: the rollouts of these prompts by index."""
+        sampled = generate(
+            self.chunks,
+            [prompts[index] for index in indices],
+            sampling_noise([sample_ids[index] for index in indices], sampling),
+            stop_tokens=sampling.stop_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            marker=sampling.marker,
+            after_marker=sampling.after_marker,
+            trunks=trunks,
+        )
+        columns = (sampled.tokens, sampled.logprobs, sampled.lengths, sampled.finished)
+        return {
+            index: Rollout(prompts[index], tokens[:length], logprobs[:length], finished)
+            for index, tokens, logprobs, length, finished in zip(indices, *(c.tolist() for c in columns), strict=True)
+        }
+
+
+def _document_batches(prompts: list[BranchPrompt], batch_size: int) -> list[list[int]]:
+    """Indices of the prompts of each batch."""
+    by_document: dict[int, list[int]] = {}
+    for index in sorted(range(len(prompts)), key=lambda index: prompts[index].position):
+        by_document.setdefault(prompts[index].document, []).append(index)
+    pieces = [
+        indices[start : start + batch_size]
+        for indices in by_document.values()
+        for start in range(0, len(indices), batch_size)
+    ]
+    batches: list[list[int]] = []
+    # What is computed of a document ends at its last fork.
+    for piece in sorted(pieces, key=lambda piece: prompts[piece[-1]].position):
+        if not batches or len(batches[-1]) + len(piece) > batch_size:
+            batches.append([])
+        batches[-1].extend(piece)
+    return batches
