@@ -14,3 +14,5 @@ print(f"gpu_check: {torch.cuda.get_device_name()}, PyTorch {torch.__version__}")
 PY
 "$python" -m pytest -q -m gpu -rs
 "$python" benchmarks/logprob_head.py --vocab 151936 --tokens 2048
+"$python" benchmarks/rmt_step.py
+"$python" benchmarks/rollout.py

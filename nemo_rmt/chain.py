@@ -57,10 +57,10 @@ def plan_chain(recipe: Recipe) -> list[PlannedStage]:
     else:
         stable = Path(recipe.pretrain.checkpoint).absolute()
     for iteration in range(recipe.iterations):
-        anneal, sft, rl = (StageRef(iteration, stage) for stage in ("anneal", "sft", "rl"))
+        anneal, rmt, sft, rl = (StageRef(iteration, stage) for stage in ("anneal", "rmt", "sft", "rl"))
         start = stable
         if iteration and recipe.flywheel.start_from == "previous":
-            start = StageRef(iteration - 1, "anneal")
+            start = StageRef(iteration - 1, "rmt" if recipe.rmt.enabled else "anneal")
         inputs: dict[str, StageRef | Path] = {"data": data, "checkpoint": start}
         note = "uniform"
         if recipe.anneal.objective == "remit":
@@ -70,12 +70,16 @@ def plan_chain(recipe: Recipe) -> list[PlannedStage]:
             else:
                 inputs["reference"], note = reference, "remit"
         chain.append(PlannedStage(anneal, inputs, note))
-        chain.append(PlannedStage(sft, {"data": data, "checkpoint": anneal}))
+        base = anneal
+        if recipe.rmt.enabled:
+            base = rmt
+            chain.append(PlannedStage(rmt, {"data": data, "checkpoint": anneal}))
+        chain.append(PlannedStage(sft, {"data": data, "checkpoint": base}))
         chain.append(PlannedStage(rl, {"data": data, "checkpoint": sft}))
         measured: dict[str, StageRef | Path] = {"data": data}
         if iteration == 0 and isinstance(stable, StageRef):
             measured["pretrain"] = stable
-        measured |= {"anneal": anneal, "sft": sft, "rl": rl}
+        measured |= {"anneal": anneal, **({"rmt": rmt} if recipe.rmt.enabled else {}), "sft": sft, "rl": rl}
         chain.append(PlannedStage(StageRef(iteration, "evaluate"), measured))
     return chain
 

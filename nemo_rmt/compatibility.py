@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 from nemo_rmt.config import Model
 from nemo_rmt.errors import UserError
-from nemo_rmt.run_folder import CheckpointInfo, inspect_checkpoint
+from nemo_rmt.run_folder import METADATA, CheckpointInfo, inspect_checkpoint
 
 NOT_ARCHITECTURE = {"layers", "precision", "logprob_chunk", "init_std", "max_position"}
 """Keys of recipe.model that say how weights are computed or begun, not what they mean."""
@@ -51,3 +52,13 @@ def require_compatible(
             f"{tokenizer[:12]}): set tokenizer.path to the folder of the tokenizer it was trained with"
         )
     return info
+
+
+def checkpoint_fingerprint(folder: Path) -> str:
+    """SHA-256 of a checkpoint's manifest and of the first MiB of each of its files: any training changes it."""
+    inspect_checkpoint(folder)
+    digest = hashlib.sha256((folder / METADATA).read_bytes())
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with open(path, "rb") as file:
+            digest.update(file.read(2**20))
+    return digest.hexdigest()

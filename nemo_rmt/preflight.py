@@ -118,6 +118,12 @@ def _check_lengths(recipe: Recipe) -> None:
             f"rollout.max_new_tokens={recipe.rollout.max_new_tokens} leaves no room for a prompt in "
             f"rl.sequence_length={recipe.rl.sequence_length}: raise rl.sequence_length"
         )
+    scores = recipe.rmt.difficulty.scores
+    if recipe.rmt.enabled and scores is not None and not (Path(scores) / "difficulty.json").is_file():
+        raise UserError(
+            f"rmt.difficulty.scores={scores} has no difficulty.json: give the folder of an earlier run's scores "
+            "(iteration_000/data/difficulty/...), or null to score the corpora"
+        )
     if recipe.evaluate.sequence_length > recipe.model.max_position:
         raise UserError(
             f"evaluate.sequence_length={recipe.evaluate.sequence_length} exceeds "
@@ -155,6 +161,9 @@ def _check_tokenizer_and_checkpoints(recipe: Recipe) -> int:
             given["anneal.remit.reference"] = recipe.anneal.remit.reference
         elif recipe.iterations == 1:
             logger.info("note: with iterations=1 there is no earlier RL model, so the only anneal is uniform")
+    scorer = recipe.rmt.difficulty.scorer
+    if recipe.rmt.enabled and scorer != "start":
+        given["rmt.difficulty.scorer"] = scorer
     if recipe.tokenizer.path is None:
         for key, folder in given.items():
             raise UserError(
@@ -162,11 +171,14 @@ def _check_tokenizer_and_checkpoints(recipe: Recipe) -> int:
                 "be trained): set tokenizer.path to that run's iteration_000/data/tokenizer"
             )
         return recipe.tokenizer.vocab_size
+    from nemo_rmt.data.thoughts import branch_prompt
     from nemo_rmt.data.tokenizer import Tokenizer
 
     if not (Path(recipe.tokenizer.path) / "tokenizer.json").is_file():
         raise UserError(f"tokenizer.path={recipe.tokenizer.path} is not a tokenizer folder: it has no tokenizer.json")
     tokenizer = Tokenizer.load(Path(recipe.tokenizer.path))
+    if recipe.rmt.enabled and recipe.rmt.objective == "rmt":
+        branch_prompt(tokenizer, recipe.rmt.prompt, recipe.rmt.budget.initial)  # needs <think> and </think>
     for key, folder in given.items():
         require_compatible(Path(folder), recipe.model, tokenizer.vocab_size, tokenizer.fingerprint, key)
     return tokenizer.vocab_size

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
+from nemo_rmt.recipes.small import small
 from nemo_rmt.recipes.tiny import tiny
 
 from nemo_rmt.config import Recipe
 from nemo_rmt.errors import UserError
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"tiny": tiny}
+RECIPES: dict[str, Callable[[], Recipe]] = {"tiny": tiny, "small": small}
 """Every recipe by name. Adding one is a file beside this one and a line here."""
 
 

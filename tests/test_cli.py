@@ -16,7 +16,7 @@ from nemo_rmt.recipe_io import load_recipe
 from nemo_rmt.stages.job import StageJob
 
 FAKE_STAGE = Path(__file__).with_name("fake_stage.py")
-NO_TEXT = "data.corpora=[{name: chains, kind: chains}]"
+NO_TEXT = "data.corpora=[{name: programs, kind: chains}]"
 
 
 def fake(stage_yaml: Path, recipe: Recipe) -> list[str]:
@@ -83,7 +83,7 @@ def test_python_m_nemo_rmt_is_the_command_and_starts_fast(tmp_path):
 
 def test_the_recipes_are_listed_and_shown_as_yaml_that_loads(tmp_path, capsys):
     assert cli.main(["recipes"]) == 0
-    assert capsys.readouterr().out.startswith("tiny ")
+    assert capsys.readouterr().out.startswith("small ")
     assert cli.main(["recipes", "show", "tiny", "seed=9"]) == 0
     shown = capsys.readouterr().out
     assert "# Peak learning rate." in shown
@@ -113,7 +113,7 @@ def test_a_flywheel_and_its_single_stages_share_the_run_folder(tmp_path, fake_st
     assert cli.main(["evaluate", *recipe]) == 0
     ran = (tmp_path / "run" / "ran.txt").read_text().split()
     assert ran[:3] == ["0/data", "0/pretrain", "0/anneal"] and ran[-2:] == ["1/evaluate", "1/evaluate"]
-    assert len(ran) == 11
+    assert len(ran) == 13
 
 
 def test_a_failed_stage_is_exit_code_1(tmp_path, fake_stages, capfd):

@@ -23,8 +23,8 @@ from nemo_rmt.recipe_io import load_recipe, resolved_yaml
 from nemo_rmt.run_folder import RunFolder
 
 FAKE_STAGE = Path(__file__).with_name("fake_stage.py")
-FIRST = ["0/data", "0/pretrain", "0/anneal", "0/sft", "0/rl", "0/evaluate"]
-SECOND = ["1/anneal", "1/sft", "1/rl", "1/evaluate"]
+FIRST = ["0/data", "0/pretrain", "0/anneal", "0/rmt", "0/sft", "0/rl", "0/evaluate"]
+SECOND = ["1/anneal", "1/rmt", "1/sft", "1/rl", "1/evaluate"]
 
 
 def fake(stage_yaml: Path, recipe: Recipe) -> list[str]:
@@ -35,7 +35,7 @@ def fake(stage_yaml: Path, recipe: Recipe) -> list[str]:
 def recipe(tmp_path, monkeypatch) -> Recipe:
     """tiny without the standard library's text, in a folder of its own; the report is not this file's subject."""
     monkeypatch.setattr(flywheel, "_write_report", lambda run: 0)
-    return load_recipe("tiny", [], [f"run_dir={tmp_path / 'run'}", "data.corpora=[{name: chains, kind: chains}]"])
+    return load_recipe("tiny", [], [f"run_dir={tmp_path / 'run'}", "data.corpora=[{name: programs, kind: chains}]"])
 
 
 def changed(recipe: Recipe, **values: object) -> Recipe:
@@ -64,8 +64,8 @@ def test_iteration_0_pretrains_and_anneals_uniformly_and_later_ones_are_guided_b
         "checkpoint": StageRef(0, "pretrain"),
         "reference": StageRef(1, "rl"),
     }
-    assert list(chain["iteration 0 evaluate"].inputs) == ["data", "pretrain", "anneal", "sft", "rl"]
-    assert list(chain["iteration 1 evaluate"].inputs) == ["data", "anneal", "sft", "rl"]
+    assert list(chain["iteration 0 evaluate"].inputs) == ["data", "pretrain", "anneal", "rmt", "sft", "rl"]
+    assert list(chain["iteration 1 evaluate"].inputs) == ["data", "anneal", "rmt", "sft", "rl"]
 
 
 def test_a_given_checkpoint_replaces_pretraining_and_a_given_reference_guides_iteration_0():
@@ -79,7 +79,7 @@ def test_a_given_checkpoint_replaces_pretraining_and_a_given_reference_guides_it
 def test_start_from_previous_continues_the_last_base():
     chain = plan_chain(load_recipe("tiny", [], ["flywheel.start_from=previous", "anneal.objective=uniform"]))
     anneal = next(planned for planned in chain if planned.ref == StageRef(1, "anneal"))
-    assert anneal.inputs == {"data": StageRef(0, "data"), "checkpoint": StageRef(0, "anneal")}
+    assert anneal.inputs == {"data": StageRef(0, "data"), "checkpoint": StageRef(0, "rmt")}
 
 
 def test_a_run_does_every_stage_once_and_a_second_start_does_nothing(recipe, capfd):
@@ -120,13 +120,13 @@ def test_deleting_a_stages_folder_redoes_it_and_all_that_was_made_from_it(recipe
 def test_a_failed_stage_stops_the_chain_and_the_next_start_resumes_it(recipe, capfd, fault, status):
     faults(recipe, **{"0_sft": fault})
     assert run_flywheel(recipe, command=fake) == status
-    assert ran(recipe) == FIRST[:4]
+    assert ran(recipe) == FIRST[:5]
     errors = capfd.readouterr().err
     assert "iteration 0 sft failed" in errors and f"exit status {0 if fault == 'no result' else fault}" in errors
     assert RunFolder(Path(recipe.run_dir)).load_state().record(0, "sft").status == "failed"
     faults(recipe)
     assert run_flywheel(recipe, command=fake) == 0
-    assert ran(recipe) == ["0/sft resumed", *FIRST[4:], *SECOND]
+    assert ran(recipe) == ["0/sft resumed", *FIRST[5:], *SECOND]
     assert RunFolder(Path(recipe.run_dir)).load_state().record(0, "sft").attempts == 2
 
 
@@ -197,11 +197,11 @@ def test_a_replaced_outside_checkpoint_redoes_what_was_made_from_it(recipe, tmp_
     recipe.pretrain.checkpoint = str(write_checkpoint(tmp_path / "outside", recipe.model.model_dump()))
     one = changed(recipe, iterations=1)
     assert run_flywheel(one, command=fake) == 0
-    assert ran(recipe) == ["0/data", "0/anneal", "0/sft", "0/rl", "0/evaluate"]
+    assert ran(recipe) == ["0/data", "0/anneal", "0/rmt", "0/sft", "0/rl", "0/evaluate"]
     shutil.rmtree(tmp_path / "outside")
     write_checkpoint(tmp_path / "outside", recipe.model.model_dump(), step=41)
     assert run_flywheel(one, command=fake) == 0
-    assert ran(recipe) == ["0/anneal", "0/sft", "0/rl", "0/evaluate"]
+    assert ran(recipe) == ["0/anneal", "0/rmt", "0/sft", "0/rl", "0/evaluate"]
 
 
 def test_one_stage_runs_alone_once_its_inputs_are_done(recipe):

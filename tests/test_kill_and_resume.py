@@ -18,8 +18,8 @@ from nemo_rmt.recipe_io import resolved_yaml
 from nemo_rmt.run_folder import RunFolder
 from nemo_rmt.tracking import read_metrics
 
-STAGES = [(0, name) for name in ("data", "pretrain", "anneal", "sft", "rl", "evaluate")]
-STAGES += [(1, name) for name in ("anneal", "sft", "rl", "evaluate")]
+STAGES = [(0, name) for name in ("data", "pretrain", "anneal", "rmt", "sft", "rl", "evaluate")]
+STAGES += [(1, name) for name in ("anneal", "rmt", "sft", "rl", "evaluate")]
 KILLS_PER_STAGE = 2
 STEPS = 6
 # What depends on the clock, not on the computation.
@@ -88,7 +88,7 @@ def outcome(run: Path) -> dict[str, object]:
 @pytest.mark.slow
 def test_killed_at_random_moments_of_every_stage_the_run_ends_with_the_same_numbers(tmp_path):
     recipe = small_recipe("unused")
-    for stage in (recipe.pretrain, recipe.anneal, recipe.sft, recipe.rl):
+    for stage in (recipe.pretrain, recipe.anneal, recipe.rmt, recipe.sft, recipe.rl):
         stage.steps, stage.checkpoint_interval = STEPS, 2
     runs = {name: tmp_path / name for name in ("undisturbed", "killed")}
     for run in runs.values():

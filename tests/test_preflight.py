@@ -22,7 +22,9 @@ from nemo_rmt.run_folder import RunFolder
 def tiny(tmp_path: Path, *overrides: str) -> Recipe:
     """tiny without the standard library's text, in a folder of its own."""
     return load_recipe(
-        "tiny", [], [f"run_dir={tmp_path}/run", "data.corpora=[{name: chains, kind: chains}]", *overrides]
+        "tiny",
+        [],
+        [f"run_dir={tmp_path}/run", "data.corpora=[{name: chains, kind: chains}]", "rmt.corpora=[]", *overrides],
     )
 
 
@@ -60,6 +62,8 @@ def test_the_tiny_recipe_passes_and_nothing_is_written(tmp_path):
     ("overrides", "message"),
     [
         (["data.corpora=[]"], "data.corpora is empty"),
+        (["rmt.difficulty.scores=/does/not/exist"], "rmt.difficulty.scores=/does/not/exist has no difficulty.json"),
+        (["rmt.difficulty.scorer=/c"], "rmt.difficulty.scorer=/c.*tokenizer.path is null"),
         (["data.corpora=[{name: a, kind: folder, path: /does/not/exist}]"], "/does/not/exist"),
         (["data.corpora.0.options.colour=1"], "colour"),
         (["data.tasks=[]"], "data.tasks is empty"),
@@ -139,7 +143,7 @@ def test_the_space_needed_follows_parameters_and_checkpoints(tmp_path):
     assert preflight.parameter_count(recipe, 512) == 4 * layer + 512 * 128 + 128
     once = preflight.space_needed(recipe, run, 512)
     recipe.flywheel.keep_checkpoints = 2
-    assert preflight.space_needed(recipe, run, 512) - once == 7 * 16 * preflight.parameter_count(recipe, 512)
+    assert preflight.space_needed(recipe, run, 512) - once == 9 * 16 * preflight.parameter_count(recipe, 512)
 
 
 def test_stage_folders_without_a_state_are_not_taken_over(tmp_path):
@@ -163,3 +167,15 @@ def test_corpora_are_needed_only_until_the_data_stage_is_done(tmp_path):
     run.save_state(state)
     check(recipe)
     shutil.rmtree(run.path)
+
+
+def test_rmt_needs_a_tokenizer_with_the_tokens_of_a_thought(tmp_path, tokenizer):
+    content = json.loads((tokenizer / "tokenizer.json").read_text())
+    content["added_tokens"] = [token for token in content["added_tokens"] if "think" not in token["content"]]
+    folder = tmp_path / "without"
+    shutil.copytree(tokenizer, folder)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="<think> and </think>.*tokenizer.path"):
+        check(tiny(tmp_path, f"tokenizer.path={folder}"))
+    check(tiny(tmp_path, f"tokenizer.path={folder}", "rmt.enabled=false"))
+    check(tiny(tmp_path, f"tokenizer.path={tokenizer}"))

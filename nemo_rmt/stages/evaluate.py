@@ -6,9 +6,11 @@ import itertools
 import json
 import time
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 
+from nemo_rmt.config import TIERS
 from nemo_rmt.data.batch import TokenBatch
 from nemo_rmt.data.tasks import Problem, TaskFamily, guarded_score
 from nemo_rmt.megatron.checkpoint import load_weights
@@ -18,16 +20,16 @@ from nemo_rmt.megatron.train_step import ScoredModel
 from nemo_rmt.objectives import assign_tiers, mean_interval, pass_at_k, wilson_interval
 from nemo_rmt.rollout.engine import Sampling
 from nemo_rmt.rollout.in_process import InProcessEngine
+from nemo_rmt.stages.held_out import HeldOutPositions
 from nemo_rmt.stages.rl import response_text
 from nemo_rmt.stages.session import Session
-
-TIERS = ("easy", "medium", "hard")
 
 
 def run(session: Session) -> None:
     """Measure each checkpoint; the last one's figures have plain names, the others their stage's as a prefix."""
     began = time.perf_counter()
     roles = [role for role in session.job.inputs if role != "data"]
+    positions = held_out_positions(session, roles)
     metrics = json.loads((session.data_folder / "result.json").read_text())["metrics"]
     metrics = {name: value for name, value in metrics.items() if name.endswith("/unigram_nll")}
     tokens, model = 0, None
@@ -40,12 +42,23 @@ def run(session: Session) -> None:
             load_weights(checkpoint, model.modules)
         language, scored = evaluate_text(session, model)
         tasks, sampled = evaluate_tasks(session, model)
+        reasoned, thought = positions.measure(model) if positions else ({}, 0)
         prefix = "" if role == roles[-1] else f"{role}/"
-        metrics |= {f"{prefix}{name}": value for name, value in {**language, **tasks}.items()}
-        tokens += scored + sampled
+        metrics |= {f"{prefix}{name}": value for name, value in {**language, **reasoned, **tasks}.items()}
+        tokens += scored + sampled + thought
         if session.layout.rank == 0:
             print(f"[{session.job.iteration}/evaluate] {role}: lm/all/nll {language['lm/all/nll']:.3f}", flush=True)
     session.finish(metrics, checkpoint=None, wall_s=time.perf_counter() - began, tokens=tokens)
+
+
+def held_out_positions(session: Session, roles: list[str]) -> HeldOutPositions | None:
+    """The positions to predict after a thought, by the difficulty they have for the model RMT starts from."""
+    rmt = session.recipe.rmt
+    if not rmt.enabled or not session.recipe.evaluate.positions:
+        return None
+    start = session.require_input("anneal" if "anneal" in roles else roles[0])
+    scorer = start if rmt.difficulty.scorer == "start" else Path(rmt.difficulty.scorer)
+    return HeldOutPositions(session, session.frozen_model(scorer))
 
 
 def evaluate_text(session: Session, model: ScoredModel) -> tuple[dict[str, float], int]:

@@ -12,7 +12,7 @@ from nemo_rmt.errors import UserError
 from nemo_rmt.recipe_io import validate
 from nemo_rmt.run_folder import write_text
 
-StageName = Literal["data", "pretrain", "anneal", "sft", "rl", "evaluate"]
+StageName = Literal["data", "pretrain", "anneal", "rmt", "sft", "rl", "evaluate"]
 
 
 class StageJob(Section):

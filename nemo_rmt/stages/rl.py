@@ -11,10 +11,11 @@ from nemo_rmt.data.batch import TokenBatch
 from nemo_rmt.data.tasks import Problem, TaskFamily, guarded_score
 from nemo_rmt.errors import UserError
 from nemo_rmt.megatron.head import TokenScores
-from nemo_rmt.megatron.runtime import broadcast_from_last_stage, max_over_data_parallel, sum_over_data_parallel
-from nemo_rmt.objectives import LossOutput, group_advantages, grpo_loss, standard_deviation
+from nemo_rmt.megatron.runtime import max_over_data_parallel, sum_over_data_parallel
+from nemo_rmt.objectives import LossOutput, group_advantages, standard_deviation
 from nemo_rmt.rollout.engine import Rollout, Sampling
 from nemo_rmt.rollout.in_process import InProcessEngine
+from nemo_rmt.stages.policy import attach, largest_error, policy_loss
 from nemo_rmt.stages.session import Session, Training
 
 
@@ -31,29 +32,10 @@ class ScoredRollouts:
 
 
 def grpo_objective(settings: GRPO):
-    """GRPO on micro-batches that carry ``advantages`` and ``rollout_logprobs``, and ``old_logprobs`` and
-    ``reference_logprobs`` where the settings need them."""
+    """GRPO on rows of one response each, see ``policy_loss``."""
 
     def objective(scores: TokenScores, batch: TokenBatch) -> LossOutput:
-        logprobs, extras = scores.logprobs, batch.extras
-        old_logprobs = extras.get("old_logprobs", logprobs.detach())
-        output = grpo_loss(
-            logprobs,
-            old_logprobs,
-            extras["advantages"],
-            batch.loss_mask,
-            clip_low=settings.clip_low,
-            clip_high=settings.clip_high,
-            normalize=settings.normalize,
-            kl_coefficient=settings.kl_coefficient,
-            reference_logprobs=extras.get("reference_logprobs"),
-        )
-        count = batch.loss_mask.sum()
-        output.metrics["rl/entropy"] = ((scores.entropy.detach() * batch.loss_mask).sum(), count)
-        # Both are the weights' that sampled: any difference is an error of the sampler or the trainer.
-        extras["logprob_error"] = (old_logprobs - extras["rollout_logprobs"]).abs() * batch.loss_mask
-        output.metrics["rollout/logprob_error_mean"] = (extras["logprob_error"].sum(), count)
-        return output
+        return policy_loss(scores, batch, batch.loss_mask, settings)
 
     return objective
 
@@ -80,7 +62,7 @@ def run(session: Session) -> None:
         micro_batches = batch.micro_batches(size)
         for _ in range(grpo.updates_per_rollout):
             metrics = training.model.train_step(micro_batches, objective, temperature=temperature, with_entropy=True)
-        metrics["rollout/logprob_error_max"] = largest_error(micro_batches)
+        metrics["train/rollout_logprob_error_max"] = largest_error(micro_batches)
         rollout_metrics, tokens = summarise(session, scored)
         training.record({**metrics, **rollout_metrics}, tokens=tokens)
 
@@ -159,18 +141,6 @@ def pack(session: Session, scored: ScoredRollouts, grpo: GRPO) -> TokenBatch:
     sampled[batch.loss_mask.bool()] = torch.tensor([value for row in logprobs for value in row], device=sampled.device)
     batch.extras["rollout_logprobs"] = sampled
     return batch
-
-
-def attach(batch: TokenBatch, name: str, scores: TokenScores | None) -> None:
-    """Keep scored log-probabilities with the batch, on the stage that has them."""
-    if scores is not None:
-        batch.extras[name] = scores.logprobs
-
-
-def largest_error(micro_batches: list[TokenBatch]) -> float:
-    """The largest difference of log-probabilities between sampler and trainer, which the last pipeline stage knows."""
-    errors = [micro.extras["logprob_error"].max().item() for micro in micro_batches if "logprob_error" in micro.extras]
-    return broadcast_from_last_stage(max_over_data_parallel(max(errors, default=0.0)))
 
 
 def summarise(session: Session, scored: ScoredRollouts) -> tuple[dict[str, float], int]:

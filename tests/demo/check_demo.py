@@ -32,7 +32,7 @@ def metrics(summary: dict, iteration: int, stage: str) -> dict[str, float]:
 
 def test_every_stage_is_done(summary):
     stages = [set(iteration["stages"]) for iteration in summary["iterations"]]
-    later = {"anneal", "sft", "rl", "evaluate"}
+    later = {"anneal", "rmt", "sft", "rl", "evaluate"}
     assert stages == [later | {"data", "pretrain"}, later]
     for iteration in summary["iterations"]:
         assert {stage["status"] for stage in iteration["stages"].values()} == {"done"}
@@ -78,6 +78,30 @@ def test_remits_weights_are_within_their_bounds_and_not_all_1():
         assert 1 - epsilon <= step["remit/weight_mean"] <= 1 + epsilon
         assert sum(step[f"remit/weight_hist_{bin:02d}"] for bin in range(20)) == pytest.approx(1, abs=1e-5)
     assert min(step["remit/weight_std"] for step in steps) > 0.01
+
+
+@pytest.mark.parametrize("iteration", ITERATIONS)
+def test_rmt_follows_its_budget_and_its_sampler_agrees_with_its_trainer(iteration):
+    steps = read_metrics(RUN / f"iteration_00{iteration}" / "rmt" / "metrics.jsonl")
+    budgets = [step["rmt/budget"] for step in steps]
+    assert budgets == sorted(budgets, reverse=True) and budgets[0] > budgets[-1]
+    last = steps[-len(steps) // 10 :]
+    assert sum(step["rmt/think_length"] for step in last) / len(last) == pytest.approx(budgets[-1], rel=0.2)
+    assert max(step["train/rollout_logprob_error_max"] for step in steps) < 1e-4
+
+
+@pytest.mark.parametrize("iteration", ITERATIONS)
+def test_rmt_is_measured_on_the_same_positions_before_and_after(summary, iteration):
+    figures = metrics(summary, iteration, "evaluate")
+    for tier in ("easy", "medium", "hard"):
+        models = ("anneal", "rmt", "sft")
+        counts = {figures[f"{model}/tokens/{tier}/positions"] for model in models}
+        assert counts == {figures[f"tokens/{tier}/positions"]} and min(counts) > 0
+    before, after = (figures[f"{model}/tokens/hard/ntr"] for model in ("anneal", "rmt"))
+    assert after > before
+    (finding,) = (f for f in summary["findings"] if f["topic"] == "RMT" and f["iteration"] == iteration)
+    page = (RUN / "report" / "index.html").read_text()
+    assert finding["verdict"] in page and "2509.24375" in page
 
 
 def test_a_second_start_does_no_training():

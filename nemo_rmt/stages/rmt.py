@@ -1,0 +1,257 @@
+"""Reinforcement mid-training on unlabelled text (RMT, arXiv 2509.24375).
+
+Tokens picked by difficulty are predicted after a short thought, rewarded when they are the corpus's and the thought is
+as long as asked; all other tokens of the same documents get plain next-token prediction, in the same forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nemo_rmt.config import RMT, TIERS
+from nemo_rmt.data.batch import TokenBatch
+from nemo_rmt.data.tree import BRANCH_MASK, Branch, TokenTree, pack_trees, split_tree
+from nemo_rmt.megatron.head import TokenScores
+from nemo_rmt.megatron.runtime import max_over_data_parallel, sum_over_data_parallel
+from nemo_rmt.objectives import LossOutput, group_advantages, ntp_loss, rmt_loss, standard_deviation
+from nemo_rmt.rollout.engine import RolloutEngine
+from nemo_rmt.rollout.in_process import InProcessEngine
+from nemo_rmt.stages.curriculum import Curriculum
+from nemo_rmt.stages.policy import attach, largest_error, policy_loss
+from nemo_rmt.stages.pretrain import next_token
+from nemo_rmt.stages.reasoning import Answers, Question, ask, rewards_of, step_budget
+from nemo_rmt.stages.session import Session, Training
+
+
+@dataclass(frozen=True)
+class Round:
+    """Documents of this data-parallel rank, what was asked about them, and what came of it."""
+
+    documents: list[list[int]]
+    questions: list[Question]
+    answers: Answers
+    rewards: Tensor
+    """float32 ``[questions, samples]``."""
+    length_rewards: Tensor
+    """float32 ``[questions, samples]``, before weighting."""
+    advantages: Tensor
+    """float32 ``[questions, samples]``."""
+
+    @property
+    def varied(self) -> list[bool]:
+        """For each question, whether some of its responses are better than others."""
+        return (self.rewards != self.rewards[:, :1]).any(dim=1).tolist()
+
+
+def run(session: Session) -> None:
+    """Train the given checkpoint, with a fresh optimizer."""
+    settings, rollout = session.settings, session.recipe.rollout
+    start = session.require_input("checkpoint")
+    curriculum = Curriculum(session, start)
+    reference = session.frozen_model(start) if settings.grpo.kl_coefficient else None
+    training = Training(session, start, updates_per_step=settings.grpo.updates_per_rollout)
+    curriculum.skip(training.done)
+    if settings.objective == "ntp":
+        return next_tokens_only(session, training, curriculum)
+    engine = InProcessEngine(training.model.modules, rollout.batch_size)
+    size, temperature = settings.micro_batch_size, rollout.temperature
+    for step in training.steps():
+        rounds = think(session, engine, curriculum, step)
+        batch, totals = pack(session, trees_of(rounds, settings))
+        if reference is not None:
+            attach(batch, "reference_logprobs", reference.score(batch, size, temperature=temperature))
+        if settings.grpo.updates_per_rollout > 1:  # strictly on-policy, the old log-probabilities are the policy's own
+            attach(batch, "old_logprobs", training.model.score(batch, size, temperature=temperature))
+        micro_batches, objective = batch.micro_batches(size), dual_objective(settings, totals)
+        for _ in range(settings.grpo.updates_per_rollout):
+            metrics = training.model.train_step(micro_batches, objective, temperature=temperature, with_entropy=True)
+        metrics["train/rollout_logprob_error_max"] = largest_error(micro_batches)
+        metrics |= summarise(session, rounds, step, curriculum.probabilities(step))
+        training.record(metrics, tokens=totals["tokens"])
+
+
+def think(session: Session, engine: RolloutEngine, curriculum: Curriculum, step: int) -> list[Round]:
+    """Questions, sampled responses, rewards and group-relative advantages; where groups without variance are to be
+    replaced, in rounds."""
+    settings, rollout = session.settings, session.recipe.rollout
+    budget = step_budget(settings, step)
+    rounds: list[Round] = []
+    missing = settings.global_batch_size
+    for number, asked in enumerate(curriculum.draw(step)):
+        documents, questions = curriculum.questions(asked, step, number, missing)
+        answers = ask(
+            settings,
+            session.tokenizer,
+            engine,
+            documents,
+            questions,
+            budget=budget,
+            samples=settings.grpo.samples_per_group,
+            seed=session.seed("rollout", session.job.stage, session.job.iteration),
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+        )
+        rewards, length_rewards = rewards_of(answers, settings, budget)
+        advantages = group_advantages(rewards, normalize_std=settings.grpo.normalize_std)
+        rounds.append(Round(documents, questions, answers, rewards, length_rewards, advantages))
+        varied = sum_over_data_parallel({"varied": sum(rounds[-1].varied)})["varied"]
+        missing -= int(varied)
+        if not missing:
+            break
+    return rounds
+
+
+def pack(session: Session, trees: list[TokenTree]) -> tuple[TokenBatch, dict[str, int]]:
+    """This rank's trees in rows, as many micro-batches on every rank; with the step's counts over all ranks: ``rl`` and
+    ``ntp``, the two terms' normalisers, and ``tokens``, documents and branches together."""
+    settings, parallel = session.settings, session.recipe.parallel
+    pieces = [piece for tree in trees for piece in split_tree(tree, settings.sequence_length, "rmt.sequence_length")]
+    pieces.sort(key=len, reverse=True)
+    # A rank without any tree still takes part, with a row of padding.
+    pieces = pieces or [TokenTree([session.tokenizer.pad], [], [0.0])]
+    multiple = parallel.tensor if parallel.sequence else 1
+
+    def packed(rows: int) -> TokenBatch:
+        return pack_trees(
+            pieces, settings.sequence_length, session.tokenizer.pad, multiple, rows, "rmt.sequence_length"
+        )
+
+    rows = int(max_over_data_parallel(packed(1).tokens.shape[0]))
+    batch = packed(session.whole_rows(rows, settings.micro_batch_size)).narrowed(8 * parallel.tensor)
+    for name in ("advantages", "rollout_logprobs"):  # what a rank without any branch lacks
+        batch.extras.setdefault(name, batch.loss_mask.new_zeros(batch.loss_mask.shape))
+    responses = sum(any(branch.mask) for piece in pieces for branch in piece.branches)
+    sampled = batch.extras[BRANCH_MASK].sum().item()
+    counts = {
+        "rl": responses if settings.grpo.normalize == "sequence" else sampled,
+        "ntp": batch.loss_mask.sum().item(),
+        "tokens": (batch.segment_ids >= 0).sum().item(),
+    }
+    totals = {name: int(value) for name, value in sum_over_data_parallel(counts).items()}
+    return batch.to(session.layout.device), totals
+
+
+def trees_of(rounds: list[Round], settings: RMT) -> list[TokenTree]:
+    """One tree per document: next-token prediction on all of it but the tokens asked for, a branch for every response.
+
+    Groups without a signal have no branches when they are to be dropped; a document is cut after its last branch when
+    nothing else of it is trained on.
+    """
+    documents: dict[tuple[int, ...], tuple[list[float], list[Branch]]] = {}  # a later round may ask about one again
+    for each in rounds:
+        keys = [tuple(document) for document in each.documents]
+        for index, (question, varies) in enumerate(zip(each.questions, each.varied, strict=True)):
+            key = keys[question.document]
+            mask, branches = documents.setdefault(key, ([1.0] * len(key), []))
+            mask[question.position] = 0.0
+            if varies or not settings.grpo.drop_zero_variance:
+                branches += branches_of(each, index, question.position)
+    if settings.ntp_coefficient:
+        return [TokenTree(document, branches, mask) for document, (mask, branches) in documents.items()]
+    trees = []
+    for document, (_, branches) in documents.items():
+        if branches:
+            trunk = document[: max(branch.position for branch in branches)]
+            trees.append(TokenTree(trunk, branches, [0.0] * len(trunk)))
+    return trees
+
+
+def branches_of(each: Round, index: int, position: int) -> list[Branch]:
+    """The responses to one question, trained on behind their prompt."""
+    samples = each.rewards.shape[1]
+    rollouts = each.answers.rollouts[index * samples : (index + 1) * samples]
+    branches = []
+    for rollout, advantage in zip(rollouts, each.advantages[index].tolist(), strict=True):
+        asked = [0.0] * len(rollout.prompt)
+        branches.append(
+            Branch(
+                position,
+                [*rollout.prompt, *rollout.response],
+                [*asked, *[1.0] * len(rollout.response)],
+                {"advantages": advantage, "rollout_logprobs": [*asked, *rollout.logprobs]},
+            )
+        )
+    return branches
+
+
+def dual_objective(settings: RMT, totals: dict[str, int]) -> Callable[[TokenScores, TokenBatch], LossOutput]:
+    """GRPO on the branches and next-token prediction on the documents, each over its own global count."""
+
+    def objective(scores: TokenScores, batch: TokenBatch) -> LossOutput:
+        return rmt_loss(
+            policy_loss(scores, batch, batch.extras[BRANCH_MASK], settings.grpo, response_ids=batch.branch_ids),
+            ntp_loss(scores.logprobs, batch.loss_mask),
+            ntp_coefficient=settings.ntp_coefficient,
+            rl_tokens=totals["rl"],
+            ntp_tokens=totals["ntp"],
+        )
+
+    return objective
+
+
+def next_tokens_only(session: Session, training: Training, curriculum: Curriculum) -> None:
+    """The baseline: next-token prediction on the documents RMT would have asked about."""
+    settings = session.settings
+    for step in training.steps():
+        documents, _ = curriculum.questions(curriculum.draw(step)[0], step, 0, settings.global_batch_size)
+        batch, totals = pack(session, [TokenTree(document, []) for document in documents])
+        metrics = training.model.train_step(batch.micro_batches(settings.micro_batch_size), next_token)
+        training.record({**metrics, "ntp/loss": metrics["loss"]}, tokens=totals["tokens"])
+
+
+def summarise(session: Session, rounds: list[Round], step: int, targets: tuple[float, ...]) -> dict[str, float]:
+    """What was asked and answered in a step, over all ranks; tiers that were not asked have a target only."""
+    counted = ("documents", "document_tokens", "prompt_tokens", "response_tokens", "thought_tokens", "samples",
+               "formatted", "reward", "reward_square", "length_reward", "flat")  # fmt: skip
+    by_tier = [f"{name}/{tier}" for name in ("groups", "matches", "rewarded") for tier in TIERS]
+    sums = dict.fromkeys([*counted, *by_tier], 0.0)
+    for each in rounds:
+        answers = each.answers
+        for index, question in enumerate(each.questions):
+            tier = TIERS[question.tier]
+            sums[f"groups/{tier}"] += 1
+            sums[f"matches/{tier}"] += answers.matches[index].mean().item()
+            sums[f"rewarded/{tier}"] += bool(answers.matches[index].any())
+        sums["documents"] += len(each.documents)
+        sums["document_tokens"] += sum(len(document) for document in each.documents)
+        sums["prompt_tokens"] += sum(len(rollout.prompt) for rollout in answers.rollouts)
+        sums["samples"] += len(answers.rollouts)
+        sums["thought_tokens"] += answers.lengths.sum().item()
+        sums["response_tokens"] += sum(len(rollout.response) for rollout in answers.rollouts)
+        sums["formatted"] += answers.formatted.sum().item()
+        sums["reward"] += each.rewards.sum().item()
+        sums["reward_square"] += each.rewards.square().sum().item()
+        sums["length_reward"] += each.length_rewards.sum().item()
+        sums["flat"] += len(each.questions) - sum(each.varied)
+    total = sum_over_data_parallel(sums)
+    count, groups = total["samples"], sum(total[f"groups/{tier}"] for tier in TIERS)
+    mean = total["reward"] / count
+    metrics = {
+        "rmt/documents": total["documents"],
+        "rmt/groups": groups,
+        "rmt/zero_variance_groups": total["flat"] / groups,
+        "rmt/think_length": total["thought_tokens"] / count,
+        "rmt/response_length": total["response_tokens"] / count,
+        "rmt/format_rate": total["formatted"] / count,
+        "rmt/match_rate": sum(total[f"matches/{tier}"] for tier in TIERS) / groups,
+        "rmt/length_reward": total["length_reward"] / count,
+        "rmt/reward_mean": mean,
+        "rmt/reward_std": standard_deviation(mean, total["reward_square"] / count),
+        "rmt/document_tokens": total["document_tokens"],
+        # what sampling computes: every document once, and each branch
+        "rmt/rollout_tokens": total["document_tokens"] + total["prompt_tokens"] + total["response_tokens"],
+    }
+    budget = step_budget(session.settings, step)
+    if budget is not None:
+        metrics["rmt/budget"] = float(budget)
+    for tier, target in zip(TIERS, targets, strict=True):
+        metrics[f"rmt/target_{tier}"] = target
+        asked = total[f"groups/{tier}"]
+        if asked:
+            metrics[f"rmt/share_{tier}"] = asked / groups
+            metrics[f"rmt/match_{tier}"] = total[f"matches/{tier}"] / asked
+            metrics[f"rmt/rewarded_{tier}"] = total[f"rewarded/{tier}"] / asked
+    return metrics

@@ -1,0 +1,15 @@
+"""small: tiny's model and text, set up to measure mid-training: one iteration, more held-out positions."""
+
+from __future__ import annotations
+
+from nemo_rmt.recipes.tiny import tiny
+
+from nemo_rmt.config import Recipe
+
+
+def small() -> Recipe:
+    """What benchmarks/rmt_evidence.py runs with several seeds, and against RMT's baselines."""
+    recipe = tiny()
+    recipe.name, recipe.run_dir, recipe.iterations = "small", "runs/small", 1
+    recipe.evaluate.positions, recipe.evaluate.problems = 300, 50
+    return recipe
