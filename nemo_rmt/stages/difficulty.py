@@ -134,13 +134,13 @@ def score_documents(
         if number % layout.data_size != layout.data_rank:
             continue
         rows = [tokens[starts[index] : starts[index + 1]] for index in documents]
+        rows += rows[-1:] * (-len(rows) % layout.pipeline_size)  # a micro-batch for every stage of the pipeline
+        examples = [(row, [1.0] * len(row)) for row in rows]
         multiple = 8 * session.recipe.parallel.tensor
-        batch = TokenBatch.from_examples(
-            [(row, [1.0] * len(row)) for row in rows], session.tokenizer.pad, None, multiple
-        ).to(layout.device)
-        found = model.score(batch, len(rows), with_entropy=True)
+        batch = TokenBatch.from_examples(examples, session.tokenizer.pad, None, multiple).to(layout.device)
+        found = model.score(batch, len(rows) // layout.pipeline_size, with_entropy=True)
         if found is not None:
-            both = zip(documents, found.entropy.cpu().numpy(), found.hits.cpu().numpy(), strict=True)
+            both = zip(documents, found.entropy.cpu().numpy(), found.hits.cpu().numpy())
             mine += [(i, entropy[: lengths[i] - 1].copy(), hits[: lengths[i] - 1].copy()) for i, entropy, hits in both]
         _show(session, title, number, batches)
     for index, entropy, hits in gather_over_data_parallel(broadcast_from_last_stage(mine)):
