@@ -9,6 +9,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from nemo_rmt.config.section import Section
 from nemo_rmt.config.stages import GRPO, Stage
 
+INSTRUCTION_ROOM = 64
+"""Tokens left for the instruction where the length of documents follows from that of rows."""
 TIERS = ("easy", "medium", "hard")
 """Names of the difficulty tiers, in the order of their numbers."""
 
@@ -138,7 +140,8 @@ class RMT(Stage):
     corpora: list[str] = []
     """Names of the corpora to reason about; empty: all."""
     document_length: PositiveInt | None = None
-    """Longest document in tokens; null: what sequence_length leaves beside one response at the initial budget."""
+    """Longest document in tokens; null: what sequence_length leaves beside one response at the initial budget and 64
+    tokens of instruction."""
     long_documents: Literal["refuse", "split"] = "refuse"
     """Longer documents are an error, or are cut into pieces."""
     ntp_coefficient: NonNegativeFloat = 0.1
@@ -166,8 +169,9 @@ class RMT(Stage):
     @property
     def longest_document(self) -> int:
         """document_length, or what a row has room for beside one response."""
-        rest = self.sequence_length - self.thought_limit - self.reward.prediction_tokens - 2
-        return rest if self.document_length is None else self.document_length
+        if self.document_length is not None:
+            return self.document_length
+        return self.sequence_length - INSTRUCTION_ROOM - self.thought_limit - self.reward.prediction_tokens - 2
 
     @model_validator(mode="after")
     def _combinations(self) -> RMT:

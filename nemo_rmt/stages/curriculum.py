@@ -8,7 +8,7 @@ from nemo_rmt.data.difficulty import require_tiers
 from nemo_rmt.data.positions import Asked, PositionSampler
 from nemo_rmt.objectives import tier_probabilities
 from nemo_rmt.stages.difficulty import tiers_of, training_scores
-from nemo_rmt.stages.reasoning import Question
+from nemo_rmt.stages.reasoning import Question, require_room
 from nemo_rmt.stages.session import Session
 
 
@@ -26,6 +26,9 @@ class Curriculum:
         self.session = session
         self.settings = session.recipe.rmt
         self.corpora = training_scores(session, start)
+        if self.settings.objective == "rmt":
+            longest = max(int(corpus.pieces[:, 2].max()) for corpus in self.corpora)
+            require_room(session.recipe, session.tokenizer, longest)
         tiers = tiers_of(session, self.corpora)
         require_tiers(tiers, self.settings.curriculum)
         self.sampler = PositionSampler(

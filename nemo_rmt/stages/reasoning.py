@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_rmt.config import RMT
+from nemo_rmt.config import RMT, Recipe
 from nemo_rmt.data.thoughts import Thought, branch_prompt, matches, read_thought
 from nemo_rmt.data.tokenizer import Tokenizer
+from nemo_rmt.errors import UserError
 from nemo_rmt.objectives import combined_reward, length_reward, token_budget
 from nemo_rmt.rollout.engine import BranchPrompt, Rollout, RolloutEngine, Sampling
 
@@ -52,6 +53,25 @@ def step_budget(settings: RMT, step: int) -> int | None:
     return token_budget(step, settings.steps, initial=budget.initial, minimum=budget.minimum, decay=budget.decay)
 
 
+def response_limit(settings: RMT, budget: int | None) -> int:
+    """Tokens a response may have: a thought until its length earns nothing, its tags, and the prediction."""
+    opening = 0 if settings.prompt.open_think else 1
+    return opening + (settings.thought_limit if budget is None else 2 * budget) + 1 + settings.reward.prediction_tokens
+
+
+def require_room(recipe: Recipe, tokenizer: Tokenizer, longest: int) -> None:
+    """Raise UserError when a document of ``longest`` tokens and a response at the initial budget exceed a row, or the
+    positions the model knows."""
+    rmt, budget = recipe.rmt, step_budget(recipe.rmt, 0)
+    prompt, response = len(branch_prompt(tokenizer, rmt.prompt, budget)), response_limit(rmt, budget)
+    for key, limit in (("rmt.sequence_length", rmt.sequence_length), ("model.max_position", recipe.model.max_position)):
+        if longest + prompt + response > limit:
+            raise UserError(
+                f"{key}={limit} is less than a document of {longest} tokens, a prompt of {prompt} and a response of up "
+                f"to {response}: raise it, or lower rmt.document_length or rmt.budget.initial"
+            )
+
+
 def ask(
     settings: RMT,
     tokenizer: Tokenizer,
@@ -71,14 +91,12 @@ def ask(
     thought's tokens.
     """
     prompt = branch_prompt(tokenizer, settings.prompt, budget)
-    limit = settings.thought_limit if budget is None else 2 * budget
-    opening = 0 if settings.prompt.open_think else 1
     rollouts = engine.generate_branches(
         [list(document) for document in documents],
         [BranchPrompt(q.document, q.position, prompt) for q in questions for _ in range(samples)],
         [q.number * samples + index for q in questions for index in range(samples)],
         Sampling(
-            max_new_tokens=opening + limit + 1 + settings.reward.prediction_tokens,
+            max_new_tokens=response_limit(settings, budget),
             stop_tokens=frozenset({tokenizer.eod}),
             seed=seed,
             temperature=temperature,

@@ -303,6 +303,15 @@ def test_a_tier_without_tokens_is_refused_before_any_step(run):
     assert not (run.folder / "empty_tier" / "rmt" / "metrics.jsonl").exists()
 
 
+def test_a_row_without_room_for_a_document_and_a_response_is_refused_before_any_step(run):
+    prompt = {"instruction": "Use {budget} tokens, " * 5}
+    with pytest.raises(
+        UserError, match="rmt.sequence_length=128 is less than a document of .* and a response of up to"
+    ):
+        run("no_room", prompt=prompt)
+    assert not (run.folder / "no_room" / "rmt" / "metrics.jsonl").exists()
+
+
 def test_a_document_longer_than_the_context_is_refused_unless_split(run):
     with pytest.raises(UserError, match="rmt.long_documents=split"):
         run("long", document_length=16, long_documents="refuse")
