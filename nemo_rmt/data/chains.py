@@ -107,17 +107,18 @@ def document(
     lazy: float,
     instruction: str = "",
     anywhere: float = 0.0,
+    heading: str = "",
 ) -> str:
     """A document about one problem.
 
     worked ``Q:...\nA:3+1=4*2=8#8``; direct ``Q:...\nA:#8``; program: the program and the digit it prints;
-    think: a program with a thought in it, between ``<think>`` and ``</think>``, see :func:`thoughtful`.
+    think: ``heading`` and a program with a thought in it, between ``<think>`` and ``</think>``, see :func:`thoughtful`.
     """
     values = running_values(question, rng, error_rate)
     if style in ("worked", "direct"):
         return f"Q:{question}\nA:" + ("" if style == "direct" else working(question, values)) + f"#{values[-1]}"
     if style == "think":
-        return thoughtful(question, values, rng, lazy, instruction, anywhere)
+        return heading + thoughtful(question, values, rng, lazy, instruction, anywhere)
     return f"{program(question)}{values[-1]}\n"
 
 

@@ -41,6 +41,8 @@ class ChainCorpusOptions(Section):
     """Probability that a think document stops thinking early."""
     instruction: str = ""
     """What stands before <think>; {budget} is the length of the thought that follows, in characters."""
+    heading: str = ""
+    """What a think document begins with: it announces the thought, so that none is expected in plain programs."""
     anywhere: float = Field(0.0, ge=0, le=1)
     """Probability that a thought stands before any piece of the program, not before the digit it prints."""
 
@@ -172,8 +174,9 @@ def _chain_documents(corpus: Corpus, data: Data, split: Split, seed: int) -> Ite
         (style,) = rng.choices(styles, frequencies)
         question = chains.draw(rng, options.lengths, held_out=split == "held_out")
         yield chains.document(
-            style, question, rng, options.error_rate, options.lazy, options.instruction, options.anywhere
-        )
+            style, question, rng, options.error_rate, options.lazy, options.instruction, options.anywhere,
+            options.heading,
+        )  # fmt: skip
 
 
 def _solutions_task(corpus: Corpus, data: Data) -> tuple[TaskFamily, SolutionsOptions, Section]:

@@ -88,10 +88,10 @@ def test_an_instruction_before_a_thought_names_its_length():
     rng = random.Random(4)
     for _ in range(50):
         question = chains.draw(rng, [3, 4, 5])
-        text = chains.document("think", question, rng, error_rate=0.2, lazy=0.5, instruction=" [{budget}]")
+        text = chains.document("think", question, rng, 0.2, lazy=0.5, instruction=" [{budget}]", heading="?\n")
         prompt, rest = text.split("<think>")
         thought = rest.split("</think>")[0]
-        assert prompt == f"{chains.program(question)} [{len(thought)}]"
+        assert prompt == f"?\n{chains.program(question)} [{len(thought)}]"
 
 
 def test_a_thought_anywhere_is_about_the_operations_read_so_far():
