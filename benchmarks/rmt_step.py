@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -105,8 +105,9 @@ def resident_peak() -> float:
     return int(line.split()[1]) / 2**10
 
 
-def peak_of_a_step(variant: str, tree: TokenTree) -> float:
+def peak_of_a_step(variant: str, shape: str, earliest: float) -> float:
     """MiB beyond the model, its gradients and its optimizer's states, which a first, tiny step creates."""
+    tree = random_tree(shape, earliest)
     with distributed(Parallel(), seed=0):
         model = build()
         tiny = TokenTree(tree.trunk[:2], [Branch(1, [1, 2], [0.0, 1.0], {"advantages": 1.0})])
@@ -131,12 +132,19 @@ def compare(shape: str, earliest: float, pairs: int) -> dict[str, object]:
         for _ in range(pairs):
             for variant, batches in steps.items():
                 seconds[variant].append(timed(lambda batches=batches: model.train_step(batches, dual_loss)))
+    return measured(line, seconds, __file__, shape, earliest)
+
+
+def measured(
+    line: dict[str, object], seconds: dict[str, list[float]], script: str, shape: str, earliest: float
+) -> dict[str, object]:
+    """Complete a line: medians, the second variant over the first pair by pair, peaks in processes of their own."""
     for variant, values in seconds.items():
         line[f"{variant}_seconds"] = round(statistics.median(values), 4)
-    ratios = [copied / tree for tree, copied in zip(*seconds.values(), strict=True)]
+    ratios = [copied / shared for shared, copied in zip(*seconds.values(), strict=True)]
     line["ratio"], line["ratios"] = round(statistics.median(ratios), 2), [round(ratio, 2) for ratio in ratios]
     for variant in seconds:
-        command = [sys.executable, __file__, "--variant", variant, "--shapes", shape, "--earliest", str(earliest)]
+        command = [sys.executable, script, "--variant", variant, "--shapes", shape, "--earliest", str(earliest)]
         quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=quiet)
         line[f"{variant}_peak_mib"] = round(float(output.stdout.splitlines()[-1]))
@@ -144,20 +152,20 @@ def compare(shape: str, earliest: float, pairs: int) -> dict[str, object]:
     return line
 
 
-def main() -> None:
-    """Compare every shape."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="trunk,positions,responses,length")
+def main(description: str, variants: Sequence[str], shapes: Sequence[str], compare: Callable, peak: Callable) -> None:
+    """Compare every shape; or, in a process of its own, print the peak of one variant."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--shapes", nargs="+", default=shapes, help="trunk,positions,responses,length")
     parser.add_argument("--earliest", type=float, default=0.5, help="share of the document before any position")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--variant", choices=("tree", "copies"), help=argparse.SUPPRESS)
+    parser.add_argument("--variant", choices=variants, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.variant:
-        print(peak_of_a_step(options.variant, random_tree(options.shapes[0], options.earliest)))
+        print(peak(options.variant, options.shapes[0], options.earliest))
         return
     for shape in options.shapes:
         print(json.dumps(compare(shape, options.earliest, options.pairs)), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__.splitlines()[0], ("tree", "copies"), SHAPES, compare, peak_of_a_step)

@@ -8,16 +8,9 @@ both variants in turn in one process; peak memory is that of sampling in a proce
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import random
-import statistics
-import subprocess
-import sys
 
-import torch
-from rmt_step import MODEL, VOCAB, random_tree, resident_peak, timed
+from rmt_step import MODEL, VOCAB, main, measured, random_tree, resident_peak, timed
 
 from nemo_rmt.config import Parallel
 from nemo_rmt.megatron.model import build_model
@@ -71,33 +64,8 @@ def compare(shape: str, earliest: float, pairs: int) -> dict[str, object]:
         for _ in range(pairs):
             for variant, values in seconds.items():
                 values.append(timed(lambda variant=variant: sample(variant, shape, earliest, engine)))
-    for variant, values in seconds.items():
-        line[f"{variant}_seconds"] = round(statistics.median(values), 4)
-    ratios = [copied / shared for shared, copied in zip(*seconds.values(), strict=True)]
-    line["ratio"], line["ratios"] = round(statistics.median(ratios), 2), [round(ratio, 2) for ratio in ratios]
-    for variant in VARIANTS:
-        command = [sys.executable, __file__, "--variant", variant, "--shapes", shape, "--earliest", str(earliest)]
-        quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=quiet)
-        line[f"{variant}_peak_mib"] = round(float(output.stdout.splitlines()[-1]))
-    line["threads"], line["device"] = torch.get_num_threads(), "cuda" if torch.cuda.is_available() else "cpu"
-    return line
-
-
-def main() -> None:
-    """Compare every shape."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="trunk,positions,responses,length")
-    parser.add_argument("--earliest", type=float, default=0.5, help="share of the document before any position")
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.variant:
-        print(peak_of_sampling(options.variant, options.shapes[0], options.earliest))
-        return
-    for shape in options.shapes:
-        print(json.dumps(compare(shape, options.earliest, options.pairs)), flush=True)
+    return measured(line, seconds, __file__, shape, earliest)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__.splitlines()[0], VARIANTS, SHAPES, compare, peak_of_sampling)

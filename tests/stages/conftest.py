@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from small_recipe import small_recipe
 
+from nemo_rmt.megatron.model import build_model
+from nemo_rmt.megatron.train_step import ScoredModel
 from nemo_rmt.stages import data
 from nemo_rmt.stages.job import StageJob
 
@@ -28,3 +31,14 @@ def data_folder(recipe, tmp_path_factory) -> Path:
     folder.mkdir(parents=True)
     data.run(StageJob(stage="data", iteration=0, recipe=recipe), folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def model(session) -> ScoredModel:
+    """An untrained model with some confident tokens and some hits, for a module's ``session``."""
+    torch.manual_seed(3)
+    chunks = build_model(session.recipe.model, session.recipe.parallel, session.tokenizer.vocab_size)
+    with torch.no_grad():
+        for parameter in chunks[0].parameters():
+            parameter.mul_(3)
+    return ScoredModel(chunks, session.recipe.parallel)

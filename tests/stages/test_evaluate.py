@@ -8,9 +8,7 @@ import torch
 from nemo_rmt.data.batch import TokenBatch
 from nemo_rmt.errors import UserError
 from nemo_rmt.megatron.datasets import held_out_rows
-from nemo_rmt.megatron.model import build_model
 from nemo_rmt.megatron.runtime import distributed
-from nemo_rmt.megatron.train_step import ScoredModel
 from nemo_rmt.rollout.engine import Rollout
 from nemo_rmt.stages import evaluate
 from nemo_rmt.stages.evaluate import evaluate_problems, evaluate_text, whole_batches
@@ -27,16 +25,6 @@ def session(recipe, data_folder):
     job = StageJob(stage="evaluate", iteration=0, inputs={"data": str(data_folder)}, recipe=recipe)
     with distributed(recipe.parallel, seed=1) as layout:
         yield Session(job, data_folder.parent / "evaluate", layout)
-
-
-@pytest.fixture(scope="module")
-def model(session) -> ScoredModel:
-    torch.manual_seed(3)
-    chunks = build_model(session.recipe.model, session.recipe.parallel, session.tokenizer.vocab_size)
-    with torch.no_grad():
-        for parameter in chunks[0].parameters():
-            parameter.mul_(3)  # some confident tokens, and some hits
-    return ScoredModel(chunks, session.recipe.parallel)
 
 
 def direct(session, model, domain: str) -> list[tuple[float, float, bool]]:
