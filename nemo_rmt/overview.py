@@ -11,7 +11,7 @@ from rich.table import Table
 
 from nemo_rmt import recipes
 from nemo_rmt.chain import StageRef, plan_chain
-from nemo_rmt.config import Recipe
+from nemo_rmt.config import RMT, Recipe, Stage
 from nemo_rmt.recipe_io import recipe_differences
 from nemo_rmt.run_folder import RunFolder, StageRecord
 
@@ -39,7 +39,7 @@ def print_chain(recipe: Recipe, run: RunFolder, done: set[StageRef]) -> None:
             str(ref) + (f" ({planned.note})" if planned.note else ""),
             "done" if ref in done else "to run",
             str(stage.steps) if trains else "",
-            f"{stage.global_batch_size} × {stage.sequence_length}" if trains else "",
+            _size(stage) if trains else "",
             reads,
         )
     console = _console()
@@ -55,6 +55,15 @@ def print_chain(recipe: Recipe, run: RunFolder, done: set[StageRef]) -> None:
         f"Processes: {recipe.cluster.gpus_per_node} = tensor {p.tensor} × pipeline {p.pipeline} × context {p.context} "
         f"× data {recipe.data_parallel}"
     )
+
+
+def _size(stage: Stage) -> str:
+    """What one step trains on."""
+    if isinstance(stage, RMT):
+        return f"{stage.global_batch_size} positions" + (
+            f" × {stage.grpo.samples_per_group}" if stage.objective == "rmt" else ""
+        )
+    return f"{stage.global_batch_size} × {stage.sequence_length}"
 
 
 def print_summary(recipe: Recipe, run: RunFolder) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -67,7 +66,6 @@ def training_scores(session: Session, start: Path) -> list[ScoredCorpus]:
         scored = score_corpora(session, session.frozen_model(scorer), corpora)
         if session.layout.rank == 0:
             save_scores(folder, scored, identity)
-            shutil.copy(folder / "difficulty.json", session.folder / "difficulty.json")
         dist.barrier()
     return load_scores(folder)[0]
 
