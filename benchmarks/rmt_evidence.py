@@ -122,15 +122,14 @@ def figures(root: Path) -> dict[str, float]:
     return found
 
 
-def spread(values: list[float | None], percent: bool = True) -> str:
+def spread(values: list[float | None], scale: float = 100, digits: int = 1) -> str:
     """Mean over seeds and half the width of its 95 % interval (Student's t)."""
     if any(value is None for value in values):
         return "–"
-    scale = 100 if percent else 1
-    text = f"{scale * statistics.fmean(values):.1f}" if percent else f"{statistics.fmean(values):.3f}"
+    text = f"{scale * statistics.fmean(values):.{digits}f}"
     if len(values) in T_QUANTILE:
         half = scale * T_QUANTILE[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-        text += f" ± {half:.1f}" if percent else f" ± {half:.3f}"
+        text += f" ± {half:.{digits}f}"
     return text
 
 
@@ -151,9 +150,9 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
             spread(column("hard/ntr_greedy")),
             spread(column("hard/ntp")),
             spread(column("medium/ntr")),
-            spread(column("hard/think_length"), percent=False),
+            spread(column("hard/think_length"), 1),
             "–" if budget is None else f"{budget:.0f}",
-            spread(nll, percent=False),
+            spread(nll, 1, 3),
             f"{statistics.fmean(column('compute')) / 1e6:.2f}",
             f"{statistics.fmean(column('train_s')):.0f}",
         ]
@@ -178,7 +177,7 @@ def plot(out: Path, results: dict[str, list[dict[str, float]]]) -> None:
     budget = next(iter(results.values()))[0]["last_budget"]
     length.axhline(budget, color="#d1662b", linewidth=1, label=f"final budget of RMT, {budget:.0f}")
     for axes, title in ((accuracy, "held-out hard tokens predicted right"), (length, "tokens of thought")):
-        axes.set_xticks(range(len(results)), results)
+        axes.set_xticks(range(len(results)), results, fontsize=8)
         axes.set_title(title, loc="left", fontsize=10)
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
