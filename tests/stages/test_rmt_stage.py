@@ -246,6 +246,29 @@ def test_a_second_start_reads_the_scores_of_the_first(run, data_folder, monkeypa
     assert sorted((data_folder / "difficulty").iterdir()) == folders
 
 
+def test_scores_that_are_given_are_used_and_give_the_same_steps(run, recipe, data_folder, monkeypatch):
+    own = read_metrics(run("own_scores") / "metrics.jsonl")
+    (folder,) = (data_folder / "difficulty").iterdir()
+    monkeypatch.setattr("nemo_rmt.stages.difficulty.score_corpora", None)  # would fail
+    given = recipe.rmt.difficulty.model_dump() | {"scores": str(folder)}
+    for found, expected in zip(read_metrics(run("given", difficulty=given) / "metrics.jsonl"), own, strict=True):
+        assert found["train/loss"] == expected["train/loss"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reward": {"match": "prefix", "prediction_tokens": 3}},
+        {"prompt": {"instruction": "[{budget}]", "open_think": False}},
+    ],
+    ids=["prefix", "own_think"],
+)
+def test_other_ways_to_ask_and_to_match_train_too(run, changes):
+    name = next(iter(changes))
+    for step in read_metrics(run(f"other_{name}", **changes) / "metrics.jsonl"):
+        assert step["train/rollout_logprob_error_max"] < 1e-4 and step["rmt/response_length"] > 0
+
+
 def test_scores_of_another_dataset_are_refused(run, data_folder, tmp_path):
     run("scored_again")
     (folder, *_) = sorted((data_folder / "difficulty").iterdir())
