@@ -34,6 +34,7 @@ def check(recipe: Recipe, run: RunFolder) -> None:
     if state is None or state.record(0, "data").status != "done":
         _check_corpora(recipe)
     _check_tasks(recipe)
+    _check_scores(recipe)
     vocab_size = _check_tokenizer_and_checkpoints(recipe)
     check_writable(run.path)
     check_space(run.path, space_needed(recipe, run, vocab_size))
@@ -118,12 +119,6 @@ def _check_lengths(recipe: Recipe) -> None:
             f"rollout.max_new_tokens={recipe.rollout.max_new_tokens} leaves no room for a prompt in "
             f"rl.sequence_length={recipe.rl.sequence_length}: raise rl.sequence_length"
         )
-    scores = recipe.rmt.difficulty.scores
-    if recipe.rmt.enabled and scores is not None and not (Path(scores) / "difficulty.json").is_file():
-        raise UserError(
-            f"rmt.difficulty.scores={scores} has no difficulty.json: give the folder of an earlier run's scores "
-            "(iteration_000/data/difficulty/...), or null to score the corpora"
-        )
     if recipe.evaluate.sequence_length > recipe.model.max_position:
         raise UserError(
             f"evaluate.sequence_length={recipe.evaluate.sequence_length} exceeds "
@@ -149,6 +144,15 @@ def _check_tasks(recipe: Recipe) -> None:
     for task in recipe.data.tasks:
         make_task(task)
     SFTExamples(recipe.data, recipe.seed)  # reads every line of sft_path
+
+
+def _check_scores(recipe: Recipe) -> None:
+    scores = recipe.rmt.difficulty.scores
+    if recipe.rmt.enabled and scores is not None and not (Path(scores) / "difficulty.json").is_file():
+        raise UserError(
+            f"rmt.difficulty.scores={scores} has no difficulty.json: give the folder of an earlier run's scores "
+            "(iteration_000/data/difficulty/...), or null to score the corpora"
+        )
 
 
 def _check_tokenizer_and_checkpoints(recipe: Recipe) -> int:

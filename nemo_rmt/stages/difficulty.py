@@ -38,12 +38,17 @@ def reasoned_corpora(session: Session) -> list[Corpus]:
     return [c for c in session.recipe.data.corpora if (c.name in names if names else c.weight)]
 
 
+def scorer_checkpoint(settings: RMT, start: Path) -> Path:
+    """The checkpoint whose entropies are the difficulty: the one RMT starts from, or the recipe's."""
+    return start if settings.difficulty.scorer == "start" else Path(settings.difficulty.scorer)
+
+
 def training_scores(session: Session, start: Path) -> list[ScoredCorpus]:
     """The corpora RMT trains on, with entropies: from ``rmt.difficulty.scores``, from an earlier start of this stage,
     or computed now and kept in ``difficulty/`` of the data stage's folder. The same on every rank."""
     settings = session.recipe.rmt
     corpora = reasoned_corpora(session)
-    scorer = start if settings.difficulty.scorer == "start" else Path(settings.difficulty.scorer)
+    scorer = scorer_checkpoint(settings, start)
     identity = {
         "tokenizer": session.tokenizer.fingerprint,
         "corpora": {

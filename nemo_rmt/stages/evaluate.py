@@ -6,7 +6,6 @@ import itertools
 import json
 import time
 from collections import defaultdict
-from pathlib import Path
 
 import torch
 
@@ -20,6 +19,7 @@ from nemo_rmt.megatron.train_step import ScoredModel
 from nemo_rmt.objectives import assign_tiers, mean_interval, pass_at_k, wilson_interval
 from nemo_rmt.rollout.engine import Sampling
 from nemo_rmt.rollout.in_process import InProcessEngine
+from nemo_rmt.stages.difficulty import scorer_checkpoint
 from nemo_rmt.stages.held_out import HeldOutPositions
 from nemo_rmt.stages.rl import response_text
 from nemo_rmt.stages.session import Session
@@ -57,8 +57,7 @@ def held_out_positions(session: Session, roles: list[str]) -> HeldOutPositions |
     if not rmt.enabled or not session.recipe.evaluate.positions:
         return None
     start = session.require_input("anneal" if "anneal" in roles else roles[0])
-    scorer = start if rmt.difficulty.scorer == "start" else Path(rmt.difficulty.scorer)
-    return HeldOutPositions(session, session.frozen_model(scorer))
+    return HeldOutPositions(session, session.frozen_model(scorer_checkpoint(rmt, start)))
 
 
 def evaluate_text(session: Session, model: ScoredModel) -> tuple[dict[str, float], int]:

@@ -51,10 +51,11 @@ def run(session: Session) -> None:
     settings, rollout = session.settings, session.recipe.rollout
     start = session.require_input("checkpoint")
     curriculum = Curriculum(session, start)
-    reference = session.frozen_model(start) if settings.grpo.kl_coefficient else None
+    sampled = settings.objective == "rmt"
+    reference = session.frozen_model(start) if sampled and settings.grpo.kl_coefficient else None
     training = Training(session, start, updates_per_step=settings.grpo.updates_per_rollout)
     curriculum.skip(training.done)
-    if settings.objective == "ntp":
+    if not sampled:
         return next_tokens_only(session, training, curriculum)
     engine = InProcessEngine(training.model.modules, rollout.batch_size)
     size, temperature = settings.micro_batch_size, rollout.temperature
