@@ -47,7 +47,8 @@ def plan_chain(recipe: Recipe) -> list[PlannedStage]:
 
     Iteration 0 builds the data, pre-trains (unless pretrain.checkpoint is given) and anneals uniformly,
     because there is no RL model yet (unless remit.reference is a checkpoint). Later iterations anneal the
-    pre-training checkpoint afresh, or the last base (flywheel.start_from: previous).
+    pre-training checkpoint afresh, or the last base (flywheel.start_from: previous). Stages that are not
+    enabled are left out: the next one starts from what the last one before it made.
     """
     data = StageRef(0, "data")
     stable: StageRef | Path = StageRef(0, "pretrain")
@@ -56,30 +57,31 @@ def plan_chain(recipe: Recipe) -> list[PlannedStage]:
         chain.append(PlannedStage(stable, {"data": data}))
     else:
         stable = Path(recipe.pretrain.checkpoint).absolute()
+    base = stable
     for iteration in range(recipe.iterations):
-        anneal, rmt, sft, rl = (StageRef(iteration, stage) for stage in ("anneal", "rmt", "sft", "rl"))
-        start = stable
-        if iteration and recipe.flywheel.start_from == "previous":
-            start = StageRef(iteration - 1, "rmt" if recipe.rmt.enabled else "anneal")
-        inputs: dict[str, StageRef | Path] = {"data": data, "checkpoint": start}
-        note = "uniform"
-        if recipe.anneal.objective == "remit":
-            reference = _reference(recipe, iteration)
-            if reference is None:
-                note = "uniform: no RL model yet"
-            else:
-                inputs["reference"], note = reference, "remit"
-        chain.append(PlannedStage(anneal, inputs, note))
-        base = anneal
-        if recipe.rmt.enabled:
-            base = rmt
-            chain.append(PlannedStage(rmt, {"data": data, "checkpoint": anneal}))
-        chain.append(PlannedStage(sft, {"data": data, "checkpoint": base}))
-        chain.append(PlannedStage(rl, {"data": data, "checkpoint": sft}))
+        if recipe.flywheel.start_from == "stable":
+            base = stable
         measured: dict[str, StageRef | Path] = {"data": data}
-        if iteration == 0 and isinstance(stable, StageRef):
+        if not recipe.anneal.enabled or (iteration == 0 and isinstance(stable, StageRef)):
             measured["pretrain"] = stable
-        measured |= {"anneal": anneal, **({"rmt": rmt} if recipe.rmt.enabled else {}), "sft": sft, "rl": rl}
+        latest = base
+        for stage in ("anneal", "rmt", "sft", "rl"):
+            if not getattr(recipe, stage).enabled:
+                continue
+            inputs: dict[str, StageRef | Path] = {"data": data, "checkpoint": latest}
+            note = ""
+            if stage == "anneal":
+                note = "uniform"
+                if recipe.anneal.objective == "remit":
+                    reference = _reference(recipe, iteration)
+                    if reference is None:
+                        note = "uniform: no RL model yet"
+                    else:
+                        inputs["reference"], note = reference, "remit"
+            latest = measured[stage] = StageRef(iteration, stage)
+            if stage in ("anneal", "rmt"):
+                base = latest
+            chain.append(PlannedStage(latest, inputs, note))
         chain.append(PlannedStage(StageRef(iteration, "evaluate"), measured))
     return chain
 

@@ -10,7 +10,10 @@ from nemo_rmt.config import Model
 from nemo_rmt.errors import UserError
 from nemo_rmt.run_folder import METADATA, CheckpointInfo, inspect_checkpoint
 
-NOT_ARCHITECTURE = {"layers", "precision", "logprob_chunk", "init_std", "max_position"}
+NOT_ARCHITECTURE = {
+    "layers", "precision", "logprob_chunk", "init_std", "max_position", "fp8", "fp8_recipe", "fp8_bf16_layers",
+    "vocab_size",  # compared by itself: null stands for the tokenizer's
+}  # fmt: skip
 """Keys of recipe.model that say how weights are computed or begun, not what they mean."""
 
 

@@ -114,7 +114,7 @@ def _check_machine(recipe: Recipe) -> None:
 
 
 def _check_lengths(recipe: Recipe) -> None:
-    if recipe.rollout.max_new_tokens >= recipe.rl.sequence_length:
+    if recipe.rl.enabled and recipe.rollout.max_new_tokens >= recipe.rl.sequence_length:
         raise UserError(
             f"rollout.max_new_tokens={recipe.rollout.max_new_tokens} leaves no room for a prompt in "
             f"rl.sequence_length={recipe.rl.sequence_length}: raise rl.sequence_length"
@@ -139,11 +139,12 @@ def _check_tasks(recipe: Recipe) -> None:
     from nemo_rmt.data.sft import SFTExamples
     from nemo_rmt.data.tasks import make_task
 
-    if not recipe.data.tasks:
-        raise UserError("data.tasks is empty: RL and evaluation need at least one task, for example [{name: chains}]")
+    if recipe.rl.enabled and not recipe.data.tasks:
+        raise UserError("data.tasks is empty: RL needs at least one task, for example [{name: chains}]")
     for task in recipe.data.tasks:
         make_task(task)
-    SFTExamples(recipe.data, recipe.seed)  # reads every line of sft_path
+    if recipe.sft.enabled:
+        SFTExamples(recipe.data, recipe.seed)  # reads every line of sft_path
 
 
 def _check_scores(recipe: Recipe) -> None:
@@ -160,7 +161,7 @@ def _check_tokenizer_and_checkpoints(recipe: Recipe) -> int:
     given = {}
     if recipe.pretrain.checkpoint is not None:
         given["pretrain.checkpoint"] = recipe.pretrain.checkpoint
-    if recipe.anneal.objective == "remit":
+    if recipe.anneal.enabled and recipe.anneal.objective == "remit":
         if recipe.anneal.remit.reference != "previous":
             given["anneal.remit.reference"] = recipe.anneal.remit.reference
         elif recipe.iterations == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
@@ -30,24 +30,28 @@ class Corpus(Section):
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     """Domain name, as it appears in metrics (lm/<name>/nll)."""
-    kind: Literal["jsonl", "folder", "stdlib", "chains", "solutions"]
-    """jsonl: {"text": ...} lines; folder: text or code files; stdlib: this Python's own sources;
-    chains: documents about modular-arithmetic chains; solutions: worked problems of a task."""
+    kind: Literal["jsonl", "parquet", "arrow", "hub", "folder", "stdlib", "chains", "solutions"]
+    """jsonl: {"text": ...} lines; parquet, arrow: tables with a text column; hub: a dataset of the Hugging Face hub,
+    which nemo-rmt data build downloads; folder: text or code files; stdlib: this Python's own sources; chains:
+    documents about modular-arithmetic chains; solutions: worked problems of a task."""
     path: str | None = None
-    """File or folder, for jsonl and folder."""
+    """File or folder, for jsonl, parquet, arrow and folder; for hub the dataset's name, as in owner/name."""
     weight: NonNegativeFloat = 1.0
     """Share of the training tokens, relative to the other corpora."""
     num_documents: PositiveInt | None = None
     """Documents to generate (chains, solutions), or an upper bound on those read."""
-    held_out: float = Field(0.02, gt=0, lt=0.5)
-    """Fraction of documents kept for evaluation, chosen by a hash of their text."""
+    held_out: Annotated[float, Field(gt=0, lt=0.5)] | PositiveInt = 0.02
+    """Documents kept for evaluation: a fraction, chosen by a hash of their text, or (1 and more, for files) how many,
+    chosen by that hash and the run's seed."""
     options: dict[str, Any] = {}
     """Settings of the generator: see the corpus kind's docstring in nemo_rmt.data."""
 
     @model_validator(mode="after")
     def _path(self) -> Corpus:
-        if self.kind in ("jsonl", "folder") and self.path is None:
+        if self.kind not in ("stdlib", "chains", "solutions") and self.path is None:
             raise ValueError(f"path is required for kind {self.kind}")
+        if self.kind in ("chains", "solutions") and self.held_out >= 1:
+            raise ValueError(f"held_out must be a fraction for kind {self.kind}, got {self.held_out}")
         return self
 
 

@@ -81,6 +81,12 @@ class Recipe(Section):
         p = self.parallel
         return self.cluster.nodes * self.cluster.gpus_per_node // (p.tensor * p.pipeline * p.context)
 
+    @property
+    def stages(self) -> list[str]:
+        """The training stages this recipe runs, in order."""
+        first = ["pretrain"] if self.pretrain.checkpoint is None else []
+        return first + [name for name in ("anneal", "rmt", "sft", "rl") if getattr(self, name).enabled]
+
     @model_validator(mode="after")
     def _layout(self) -> Recipe:
         p, m = self.parallel, self.model
@@ -101,10 +107,25 @@ class Recipe(Section):
             raise ValueError(
                 f"model.num_layers={m.num_layers} is not a multiple of parallel.pipeline × virtual_pipeline={chunks}"
             )
-        for name in ("pretrain", "anneal", "sft", "rl"):
-            self._batch(name, getattr(self, name))
+        for name in self.stages:
+            if name != "rmt":
+                self._batch(name, getattr(self, name))
         if self.rmt.enabled:
             self._reasoning()
+        if m.fp8 is not None:
+            self._fp8()
+        return self
+
+    @model_validator(mode="after")
+    def _chain(self) -> Recipe:
+        if self.stages in ([], ["pretrain"]):
+            raise ValueError("anneal, rmt, sft and rl are all disabled: enable at least one of them")
+        waits = self.anneal.enabled and self.anneal.objective == "remit" and self.anneal.remit.reference == "previous"
+        if waits and self.iterations > 1 and not self.rl.enabled:
+            raise ValueError(
+                "anneal.remit.reference=previous takes the RL model of the iteration before, and rl.enabled=false: "
+                "name a checkpoint folder, or set anneal.objective=uniform"
+            )
         return self
 
     def _reasoning(self) -> None:
@@ -122,6 +143,23 @@ class Recipe(Section):
                 raise ValueError(
                     f"rmt.corpora: {name!r} is no entry of data.corpora ({', '.join(names) or 'none'}): name one of "
                     "those, or set rmt.corpora=[] for all of them"
+                )
+
+    def _fp8(self) -> None:
+        """Refuse sizes that FP8 matrix products do not take: every dimension is a multiple of 16."""
+        m, tensor = self.model, self.parallel.tensor
+        for key in ("hidden_size", "ffn_hidden_size"):
+            if getattr(m, key) // tensor % 16:
+                raise ValueError(
+                    f"model.fp8={m.fp8}: model.{key}={getattr(m, key)} over parallel.tensor={tensor} is not a multiple "
+                    "of 16: choose another parallel.tensor, or model.fp8=null"
+                )
+        rows = {name: getattr(self, name) for name in (*self.stages, "evaluate")}
+        for name, stage in rows.items():
+            if stage.micro_batch_size * stage.sequence_length // (tensor if self.parallel.sequence else 1) % 16:
+                raise ValueError(
+                    f"model.fp8={m.fp8}: the {stage.micro_batch_size} × {stage.sequence_length} tokens of one forward "
+                    f"of {name} on one rank are not a multiple of 16: change {name}.sequence_length"
                 )
 
     def _batch(self, name: str, stage: Stage) -> None:

@@ -134,7 +134,7 @@ class RMT(Stage):
     sequence_length: PositiveInt = 4096
     """Tokens of a packed row."""
     enabled: bool = True
-    """Whether the flywheel has this stage, between anneal and sft."""
+    """Whether the flywheel has this stage."""
     objective: Literal["rmt", "ntp"] = "rmt"
     """ntp: next-token prediction alone on the same documents, nothing sampled (the baseline)."""
     corpora: list[str] = []

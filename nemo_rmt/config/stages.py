@@ -78,6 +78,8 @@ class ReMiT(Section):
 class Anneal(Stage):
     """Decay to zero, uniformly or with ReMiT's weights."""
 
+    enabled: bool = True
+    """Whether the flywheel has this stage."""
     objective: Literal["uniform", "remit"] = "remit"
     """Loss. Iteration 0 is uniform unless remit.reference is a checkpoint."""
     remit: ReMiT = ReMiT()
@@ -95,6 +97,9 @@ class Anneal(Stage):
 
 class SFT(Stage):
     """Supervised fine-tuning; loss on the assistant's tokens."""
+
+    enabled: bool = True
+    """Whether the flywheel has this stage."""
 
 
 class GRPO(Section):
@@ -121,6 +126,8 @@ class GRPO(Section):
 class RL(Stage):
     """GRPO on the tasks' verifier rewards. global_batch_size counts responses."""
 
+    enabled: bool = True
+    """Whether the flywheel has this stage."""
     grpo: GRPO = GRPO()
     """The objective."""
 
