@@ -61,7 +61,7 @@ class Task(Section):
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     """Name in metrics (tasks/<name>/pass@1)."""
     family: str = "chains"
-    """chains, or reasoning_gym:<dataset> (needs the extra nemo-rmt[reasoning])."""
+    """chains; questions, with known answers from a file; or reasoning_gym:<dataset> (the extra nemo-rmt[reasoning])."""
     options: dict[str, Any] = {}
     """Settings of the problems trained on and held out."""
     longer: dict[str, Any] | None = None
@@ -76,7 +76,7 @@ class Data(Section):
     tasks: list[Task] = []
     """Problem families with verifiers."""
     sft_path: str | None = None
-    """JSONL of {"messages": [...]} for SFT; null: solved problems of the tasks."""
+    """JSON lines or a .parquet file of {"messages": [...]} for SFT; null: solved problems of the tasks."""
     sft_options: dict[str, Any] = {}
     """Settings of the generated SFT solutions, when sft_path is null."""
     document_attention: bool = True

@@ -1,24 +1,30 @@
 """Documents of each corpus kind, split into training and held-out ones that never overlap.
 
-File-backed kinds (jsonl, folder, stdlib) split by a hash of each document's text. Generated kinds (chains,
-solutions) write training documents about training problems and held-out ones about held-out problems.
-The options of each kind are the ``*Options`` classes here and in ``text_files``.
+Kinds that are read (jsonl, parquet, arrow, hub, folder, stdlib) split by a hash of each document's text. Generated
+kinds (chains, solutions) write training documents about training problems and held-out ones about held-out problems.
+The options of each kind are the ``*Options`` classes here, in ``text_files`` and in ``tables``.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from nemo_rmt.config import Corpus, Data, Section
-from nemo_rmt.data import chains, text_files
-from nemo_rmt.data.options import nearest, read_options
-from nemo_rmt.data.seeds import derived_seed, document_is_held_out, generator
+from nemo_rmt.data import chains, tables, text_files
+from nemo_rmt.data.options import Options, nearest, read_options
+from nemo_rmt.data.seeds import (
+    derived_seed,
+    document_is_held_out,
+    document_rank,
+    generator,
+    last_held_out_rank,
+)
 from nemo_rmt.data.tasks import TaskFamily, make_task
 from nemo_rmt.errors import UserError
 
@@ -68,20 +74,25 @@ class SolutionsOptions(Section):
         return self
 
 
-def documents(corpus: Corpus, data: Data, split: Split, seed: int) -> Iterator[str]:
+def documents(
+    corpus: Corpus, data: Data, split: Split, seed: int, *, run_seed: int, download: bool = False
+) -> Iterator[str]:
     """The documents of one split of a corpus, in an order set by the files or by ``seed``.
 
-    ``num_documents`` bounds the documents read from files (both splits together), or is the number generated
-    for training, with ``held_out`` times as many held out. Raises UserError for wrong options, an unreadable
-    path or record, and when the split turns out empty.
+    ``num_documents`` bounds the documents read (both splits together), or is the number generated for training, with
+    ``held_out`` times as many held out. An integer ``held_out`` is a number of distinct texts, chosen by a hash of text
+    and ``run_seed``, which every caller of a run shares; copies of a held-out text are held out with it, and
+    ``num_documents`` bounds both splits together here too: 4,251 with 200 held out leaves 4,051.
+    download: a hub corpus may use the network.
+    Raises UserError for wrong options, an unreadable path or record, and when the split turns out empty.
     """
     found = 0
     generated = {"chains": _chain_documents, "solutions": _solution_documents}
     if corpus.kind in generated:
         texts = generated[corpus.kind](corpus, data, split, seed)
     else:
-        held_out = split == "held_out"
-        texts = (text for text in _read(corpus) if document_is_held_out(text, corpus.held_out) == held_out)
+        is_held_out = _held_out_side(corpus, run_seed, download)
+        texts = (text for text in _read(corpus, download) if is_held_out(text) == (split == "held_out"))
     for text in texts:
         found += 1
         yield text
@@ -92,12 +103,16 @@ def documents(corpus: Corpus, data: Data, split: Split, seed: int) -> Iterator[s
         )
 
 
-def mixture(data: Data, seed: int) -> Iterator[str]:
+def mixture(data: Data, seed: int, *, run_seed: int, download: bool = False) -> Iterator[str]:
     """Training documents of all corpora, interleaved so that characters follow the corpora's weights.
 
-    A corpus that ends early leaves the rest to the others.
+    A corpus that ends early leaves the rest to the others. The seeds and ``download`` are those of ``documents``.
     """
-    streams = {c.name: documents(c, data, "train", seed) for c in data.corpora if c.weight}
+    streams = {
+        c.name: documents(c, data, "train", seed, run_seed=run_seed, download=download)
+        for c in data.corpora
+        if c.weight
+    }
     weights = {c.name: c.weight for c in data.corpora}
     characters = dict.fromkeys(streams, 0)
     while streams:
@@ -110,45 +125,95 @@ def mixture(data: Data, seed: int) -> Iterator[str]:
             yield text
 
 
-def check_corpus(corpus: Corpus, data: Data) -> None:
+def check_corpus(corpus: Corpus, data: Data, *, download: bool = False) -> None:
     """Cheap pre-flight: the options are right, the path exists, and its first documents can be read.
 
+    A hub corpus is refused without ``download``; with it, only its options are checked: nothing here uses the network.
     Raises UserError naming the key.
     """
     key = f"data.corpora[{corpus.name}]"
-    if corpus.path is not None and corpus.kind in ("jsonl", "folder"):
-        path = Path(corpus.path).expanduser()
-        if not path.exists():
-            raise UserError(f"{key}.path={corpus.path}: no such file or folder")
-        if corpus.kind == "folder" and not path.is_dir():
-            raise UserError(f"{key}.path={corpus.path}: not a folder; use kind: jsonl for one file of records")
-        if path.is_file() and not path.stat().st_size:
-            raise UserError(f"{key}.path={corpus.path}: the file is empty")
-        if path.is_dir() and not any(path.iterdir()):
-            raise UserError(f"{key}.path={corpus.path}: the folder is empty")
-    if corpus.kind == "chains":
+    if corpus.kind == "hub":
+        tables.check_hub(corpus.path or "", key, download=download)
+        read_options(tables.HubOptions, corpus.options, f"{key}.options")
+    elif corpus.kind == "chains":
         _chain_options(corpus)
     elif corpus.kind == "solutions":
         _solutions_task(corpus, data)
-    elif not list(itertools.islice(_read(corpus), 10)):
-        where = f".path={corpus.path}" if corpus.path else ""
-        raise UserError(f"{key}{where}: no documents with text in it; see the options of kind {corpus.kind}")
+    else:
+        if corpus.path is not None and corpus.kind != "stdlib":
+            _check_path(corpus, key)
+        if not list(itertools.islice(_read(corpus), 10)):
+            where = f".path={corpus.path}" if corpus.path else ""
+            raise UserError(f"{key}{where}: no documents with text in it; see the options of kind {corpus.kind}")
+        if corpus.held_out >= 1:
+            _check_held_out(corpus)
 
 
-def _read(corpus: Corpus) -> Iterator[str]:
-    """The documents of a file-backed corpus, at most num_documents, without those that are only white space."""
+def _check_path(corpus: Corpus, key: str) -> None:
+    """Refuse a path that is not there, is empty, or is no folder where one is needed."""
+    path = Path(corpus.path or "").expanduser()
+    if not path.exists():
+        raise UserError(f"{key}.path={corpus.path}: no such file or folder")
+    if corpus.kind == "folder" and not path.is_dir():
+        raise UserError(f"{key}.path={corpus.path}: not a folder; use kind: jsonl for one file of records")
+    if path.is_file() and not path.stat().st_size:
+        raise UserError(f"{key}.path={corpus.path}: the file is empty")
+    if path.is_dir() and not any(path.iterdir()):
+        raise UserError(f"{key}.path={corpus.path}: the folder is empty")
+
+
+def _check_held_out(corpus: Corpus) -> None:
+    """Refuse an integer held_out that leaves nothing to train on, reading only as far as is needed to know."""
+    seen: set[int] = set()
+    for text in _read(corpus):
+        seen.add(document_rank(text, seed=0))
+        if len(seen) > corpus.held_out:
+            return
+    raise _too_few(corpus)
+
+
+def _held_out_side(corpus: Corpus, run_seed: int, download: bool) -> Callable[[str], bool]:
+    """Whether a text is held out. An integer held_out takes a reading of the whole corpus to decide."""
+    if corpus.held_out < 1:
+        return lambda text: document_is_held_out(text, corpus.held_out)
+    last = last_held_out_rank(_read(corpus, download), int(corpus.held_out), run_seed)
+    if last is None:
+        raise _too_few(corpus)
+    return lambda text: document_rank(text, run_seed) <= last
+
+
+def _too_few(corpus: Corpus) -> UserError:
+    return UserError(
+        f"data.corpora[{corpus.name}].held_out={corpus.held_out} leaves nothing to train on: there are no more than "
+        f"{corpus.held_out} distinct documents; lower it, add documents, or raise num_documents if that is set"
+    )
+
+
+def _read(corpus: Corpus, download: bool = False) -> Iterator[str]:
+    """The documents of a corpus that is read, at most num_documents, without those that are only white space."""
     key = f"data.corpora[{corpus.name}]"
     path = Path(corpus.path or "").expanduser()
+
+    def options(kind: type[Options]) -> Options:
+        return read_options(kind, corpus.options, f"{key}.options")
+
     if corpus.kind == "jsonl":
-        options = read_options(text_files.JsonlOptions, corpus.options, f"{key}.options")
-        texts = text_files.jsonl_texts(path, f"{key}.path")
+        given = options(text_files.JsonlOptions)
+        texts = text_files.jsonl_texts(path, given, key)
+    elif corpus.kind in ("parquet", "arrow"):
+        given = options(tables.TableOptions)
+        texts = tables.table_texts(path, corpus.kind, given, key)
+    elif corpus.kind == "hub":
+        given = options(tables.HubOptions)
+        tables.check_hub(corpus.path or "", key, download=download)
+        texts = tables.hub_texts(corpus.path or "", given, key)
     elif corpus.kind == "folder":
-        options = read_options(text_files.FolderOptions, corpus.options, f"{key}.options")
-        texts = text_files.folder_texts(path, options.suffixes)
+        given = options(text_files.FolderOptions)
+        texts = text_files.folder_texts(path, given.suffixes)
     else:
-        options = read_options(text_files.StdlibOptions, corpus.options, f"{key}.options")
-        texts = text_files.stdlib_texts(options.part)
-    pieces = (piece for text in texts for piece in text_files.cut(text, options.max_document_characters))
+        given = options(text_files.StdlibOptions)
+        texts = text_files.stdlib_texts(given.part)
+    pieces = (piece for text in texts for piece in text_files.cut(text, given.max_document_characters))
     try:
         yield from itertools.islice((piece for piece in pieces if not piece.isspace() and piece), corpus.num_documents)
     except OSError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from abc import ABC, abstractmethod
 from array import array
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from nemo_rmt.config import Data
 from nemo_rmt.data.chat import check_messages
 from nemo_rmt.data.options import nearest, read_options
 from nemo_rmt.data.seeds import derived_seed, generator
+from nemo_rmt.data.tables import parquet_records, require_package
 from nemo_rmt.data.tasks import make_task
 from nemo_rmt.data.text_files import parse_record
 from nemo_rmt.errors import UserError
@@ -18,17 +21,21 @@ from nemo_rmt.errors import UserError
 class SFTExamples:
     """An endless sequence of conversations: ``examples[index]`` is a list of messages with role and content.
 
-    From ``data.sft_path`` (JSONL of ``{"messages": [...]}``): each epoch is the whole file in an order of its
-    own. Without a path: solved training problems of ``data.tasks`` in turn, with the noise of
-    ``data.sft_options`` (for chains: error_rate, direct).
+    From ``data.sft_path`` (JSONL of ``{"messages": [...]}``, or a .parquet file with a column ``messages``): each epoch
+    is the whole file in an order of its own. Without a path: solved training problems of ``data.tasks`` in turn, with
+    the noise of ``data.sft_options`` (for chains: error_rate, direct).
 
-    Raises UserError for a malformed line (path:line), an empty file, unknown options, or nothing to learn from.
+    Raises UserError for a malformed line (path:line) or row, an empty file, unknown options, or nothing to learn from.
     """
 
     def __init__(self, data: Data, seed: int) -> None:
         self._seed = seed
         if data.sft_path is not None:
-            self._source: _File | _Generated = _File(Path(data.sft_path).expanduser(), seed)
+            path = Path(data.sft_path).expanduser()
+            if not path.is_file():
+                raise UserError(f"data.sft_path={path}: no such file")
+            source = _Table if path.suffix == ".parquet" else _Lines
+            self._source: _File | _Generated = source(path, seed)
             if data.sft_options:
                 raise UserError(
                     f"data.sft_options={data.sft_options} apply to generated solutions only, and data.sft_path is set: "
@@ -44,33 +51,66 @@ class SFTExamples:
         return self._source.example(index)
 
 
-class _File:
-    """Conversations of a JSONL file; only the places of its lines are held in memory."""
+class _File(ABC):
+    """The conversations of a file, every epoch in an order of its own."""
 
     def __init__(self, path: Path, seed: int) -> None:
-        if not path.is_file():
-            raise UserError(f"data.sft_path={path}: no such file")
         self._path, self._seed, self._epoch, self._order = path, seed, -1, array("Q")
-        self._offsets = array("Q")
-        offset = 0
-        with path.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    _conversation(line, f"{path}:{number}")
-                    self._offsets.append(offset)
-                offset += len(line)
-        if not self._offsets:
+        self._size = self._open()
+        if not self._size:
             raise UserError(f"data.sft_path={path}: the file is empty")
 
+    @abstractmethod
+    def _open(self) -> int:
+        """Check every conversation and return how many there are."""
+
+    @abstractmethod
+    def _conversation(self, place: int) -> list[dict[str, Any]]:
+        """The conversation at a place of the file."""
+
     def example(self, index: int) -> list[dict[str, Any]]:
-        epoch, place = divmod(index, len(self._offsets))
+        epoch, place = divmod(index, self._size)
         if epoch != self._epoch:
-            order = list(range(len(self._offsets)))
+            order = list(range(self._size))
             generator(self._seed, "sft", epoch).shuffle(order)
             self._epoch, self._order = epoch, array("Q", order)
+        return self._conversation(self._order[place])
+
+
+class _Lines(_File):
+    """Conversations of a JSONL file; only the places of its lines are held in memory."""
+
+    def _open(self) -> int:
+        self._offsets = array("Q")
+        offset = 0
         with self._path.open("rb") as stream:
-            stream.seek(self._offsets[self._order[place]])
-            return _conversation(stream.readline(), str(self._path))
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    _checked(parse_record(line, f"{self._path}:{number}"), f"{self._path}:{number}")
+                    self._offsets.append(offset)
+                offset += len(line)
+        return len(self._offsets)
+
+    def _conversation(self, place: int) -> list[dict[str, Any]]:
+        with self._path.open("rb") as stream:
+            stream.seek(self._offsets[place])
+            return _checked(parse_record(stream.readline(), str(self._path)), str(self._path))
+
+
+class _Table(_File):
+    """Conversations of a Parquet file, whose compressed pages have no places to seek to: held in memory, as JSON."""
+
+    def _open(self) -> int:
+        require_package("pyarrow", f"data.sft_path={self._path}")
+        self._messages = []
+        for record, where in parquet_records(self._path, ["messages"], "data.sft_path"):
+            # A key that only some messages have is null in the others, which a template may take for there.
+            messages = [{k: v for k, v in message.items() if v is not None} for message in _checked(record, where)]
+            self._messages.append(json.dumps(messages, ensure_ascii=False).encode())
+        return len(self._messages)
+
+    def _conversation(self, place: int) -> list[dict[str, Any]]:
+        return json.loads(self._messages[place])
 
 
 class _Generated:
@@ -99,9 +139,8 @@ class _Generated:
         return [{"role": "user", "content": problem.question}, {"role": "assistant", "content": solution}]
 
 
-def _conversation(line: bytes, where: str) -> list[dict[str, Any]]:
-    """The messages of one line. Raises UserError naming ``where``."""
-    record = parse_record(line, where)
+def _checked(record: object, where: str) -> list[dict[str, Any]]:
+    """The messages of one record. Raises UserError naming ``where``."""
     if not isinstance(record, dict) or "messages" not in record:
         raise UserError(f'{where}: each line must be an object with "messages"')
     try:

@@ -125,8 +125,13 @@ def make_task(settings: Task) -> TaskFamily:
         from nemo_rmt.data.reasoning_gym_task import ReasoningGymTask  # imports an optional package
 
         return ReasoningGymTask(settings, dataset)
+    if settings.family == "questions":
+        from nemo_rmt.data.questions_task import QuestionsTask  # is made of this module's classes
+
+        return QuestionsTask(settings)
     raise UserError(
-        f"data.tasks[{settings.name}].family={settings.family!r} is unknown: use 'chains' or 'reasoning_gym:<dataset>'"
+        f"data.tasks[{settings.name}].family={settings.family!r} is unknown: use 'chains', 'questions' or "
+        "'reasoning_gym:<dataset>'"
     )
 
 

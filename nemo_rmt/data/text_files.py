@@ -12,17 +12,15 @@ from typing import Literal
 from pydantic import PositiveInt
 
 from nemo_rmt.config import Section
+from nemo_rmt.data.records import RecordOptions, check_columns
 from nemo_rmt.errors import UserError
 
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 """Folders under the standard library's that are tests, or not of it."""
 
 
-class JsonlOptions(Section):
-    """Options of the corpus kind ``jsonl``."""
-
-    max_document_characters: PositiveInt | None = None
-    """Cut longer documents at line boundaries; null: leave them whole."""
+class JsonlOptions(RecordOptions):
+    """Options of the corpus kind ``jsonl``; a column is a key of each line's object."""
 
 
 class FolderOptions(Section):
@@ -43,23 +41,36 @@ class StdlibOptions(Section):
     """Cut longer documents at line boundaries; null: leave them whole."""
 
 
-def jsonl_texts(path: Path, key: str) -> Iterator[str]:
-    """The ``text`` of each line of a file, or of each ``*.jsonl`` of a folder in name order.
+def files_of(path: Path, suffix: str, key: str) -> list[Path]:
+    """The file itself, or the files of a folder and its subfolders that end in ``suffix``, in name order.
 
-    key: the recipe key that gave the path, for messages. Raises UserError naming path and line of a malformed record.
+    key: the recipe key that gave the path. Raises UserError when the folder has none.
     """
-    files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.rglob(f"*{suffix}"))
     if not files:
-        raise UserError(f"{key}={str(path)!r}: no *.jsonl files in this folder")
-    for file in files:
+        raise UserError(f"{key}={str(path)!r}: no *{suffix} files in this folder")
+    return files
+
+
+def jsonl_texts(path: Path, options: JsonlOptions, key: str) -> Iterator[str]:
+    """The document of each line of a file, or of each ``*.jsonl`` of a folder in name order.
+
+    key: the corpus's recipe key, for messages. Raises UserError naming path and line of a malformed record.
+    """
+    for file in files_of(path, ".jsonl", f"{key}.path"):
         for record, where in jsonl_records(file):
-            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                raise UserError(f'{where}: each line must be an object with a "text", as in {{"text": "..."}}')
+            if not isinstance(record, dict):
+                example = ", ".join(f'"{name}": "..."' for name in options.columns)
+                raise UserError(f"{where}: each line must be an object, as in {{{example}}}")
+            check_columns(options.columns, list(record), where, f"{key}.options")
+            text = options.document(record, where)
             try:
-                record["text"].encode()
+                text.encode()
             except UnicodeEncodeError:
                 raise UserError(f"{where}: the text holds a lone surrogate, which is not valid Unicode") from None
-            yield record["text"]
+            yield text
 
 
 def jsonl_records(file: Path) -> Iterator[tuple[object, str]]:

@@ -117,7 +117,7 @@ def held_out_rows(prefix: Path, sequence_length: int, max_tokens: int) -> Tensor
     if len(stream) <= sequence_length:
         raise UserError(
             f"held-out dataset {prefix} has {len(stream)} tokens, too few for one row of evaluate.sequence_length="
-            f"{sequence_length}: lower it, raise evaluate.max_tokens, or give the corpus a larger held_out fraction"
+            f"{sequence_length}: lower it, raise evaluate.max_tokens, or give the corpus a larger held_out"
         )
     return stream.unfold(0, sequence_length + 1, sequence_length).contiguous()
 

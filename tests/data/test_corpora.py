@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -18,8 +20,8 @@ from nemo_rmt.errors import UserError
 DATA = Data(tasks=[{"name": "sums", "family": "chains"}])
 
 
-def read(split="train", seed=0, **settings):
-    return list(documents(Corpus(name="c", **settings), DATA, split, seed))
+def read(split="train", seed=0, run_seed=0, **settings):
+    return list(documents(Corpus(name="c", **settings), DATA, split, seed, run_seed=run_seed))
 
 
 def question_of(document):
@@ -30,12 +32,12 @@ def question_of(document):
     return lines[0][2:] + "".join(line[1:] for line in lines[1 : lines.index("print(x%10)")])
 
 
-def both_sides(corpus):
+def both_sides(corpus, run_seed=0):
     """The training and held-out documents of a corpus so small that one side may be empty."""
     sides = []
     for split in ("train", "held_out"):
         try:
-            sides.append(list(documents(corpus, DATA, split, 0)))
+            sides.append(list(documents(corpus, DATA, split, 0, run_seed=run_seed)))
         except UserError:
             sides.append([])
     return sides
@@ -70,6 +72,47 @@ def test_the_held_out_share_is_as_asked(jsonl):
     assert held_out == read("held_out", seed=99, kind="jsonl", path=path, held_out=0.1)
 
 
+@given(st.lists(st.text(alphabet="ab", min_size=1, max_size=4), min_size=1, max_size=60), st.integers(1, 12))
+def test_an_integer_held_out_is_a_number_of_distinct_texts(tmp_path_factory, texts, count):
+    path = tmp_path_factory.mktemp("corpus") / "x.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    corpus = Corpus(name="c", kind="jsonl", path=str(path), held_out=count)
+    by_hash = sorted(set(texts), key=lambda text: hashlib.sha256(f"7/{text}".encode()).hexdigest())
+    if len(by_hash) <= count:
+        for attempt in (lambda: check_corpus(corpus, DATA), lambda: [*documents(corpus, DATA, "train", 0, run_seed=7)]):
+            with pytest.raises(UserError, match=rf"data.corpora\[c\].held_out={count} leaves nothing to train on"):
+                attempt()
+        return
+    check_corpus(corpus, DATA)
+    train, held_out = both_sides(corpus, run_seed=7)
+    chosen = set(by_hash[:count])
+    assert held_out == [text for text in texts if text in chosen]
+    assert train == [text for text in texts if text not in chosen]
+
+
+def test_an_integer_held_out_depends_on_the_run_seed_alone(jsonl):
+    settings = {
+        "kind": "jsonl",
+        "path": jsonl(*({"text": f"document {index}"} for index in range(400))),
+        "held_out": 30,
+    }
+    held_out = read("held_out", **settings)
+    assert len(held_out) == 30 and held_out == read("held_out", seed=99, **settings)
+    assert set(held_out) != set(read("held_out", run_seed=99, **settings))
+    tokenizer_reads = mixture(Data(corpora=[{"name": "c", **settings}]), 5, run_seed=0)
+    assert set(tokenizer_reads) == {f"document {index}" for index in range(400)} - set(held_out)
+
+
+def test_num_documents_bounds_both_sides_of_an_integer_held_out_together(jsonl):
+    path = jsonl(*({"text": f"document {index}"} for index in range(100)))
+    settings = {"kind": "jsonl", "path": path, "num_documents": 60, "held_out": 20}
+    train, held_out = read(**settings), read("held_out", **settings)
+    assert (len(train), len(held_out)) == (40, 20)
+    assert set(train) | set(held_out) == {f"document {index}" for index in range(60)}
+    with pytest.raises(UserError, match="no more than 60 distinct documents"):
+        check_corpus(Corpus(name="c", **{**settings, "held_out": 60}), DATA)
+
+
 def test_chain_documents_are_about_problems_of_their_side():
     settings = {"kind": "chains", "num_documents": 500, "held_out": 0.2}
     sides = {split: read(split, **settings) for split in ("train", "held_out")}
@@ -81,7 +124,7 @@ def test_chain_documents_are_about_problems_of_their_side():
 def test_generated_documents_repeat_for_a_seed_and_differ_between_corpora():
     texts = read(kind="chains", num_documents=50)
     assert texts == read(kind="chains", num_documents=50) != read(seed=1, kind="chains", num_documents=50)
-    assert texts != list(documents(Corpus(name="other", kind="chains", num_documents=50), DATA, "train", 0))
+    assert texts != list(documents(Corpus(name="other", kind="chains", num_documents=50), DATA, "train", 0, run_seed=0))
 
 
 def test_styles_have_their_frequencies():
@@ -135,6 +178,18 @@ def test_cutting_loses_nothing_and_prefers_line_ends(text, limit):
     assert all(piece.endswith("\n") for piece in pieces[:-1] if "\n" in piece)
 
 
+def test_a_document_is_a_column_or_a_template_filled_from_several(jsonl):
+    path = jsonl({"problem": "1+{solution}?", "solution": "2"}, {"problem": "3?", "solution": "4"})
+
+    def texts(**options):
+        return [*text_files.jsonl_texts(Path(path), text_files.JsonlOptions(**options), "key")]
+
+    assert texts(column="problem") == ["1+{solution}?", "3?"]
+    template = r"P: {problem} \boxed{} \boxed{{solution}} {problem}"
+    assert texts(template=template)[1] == r"P: 3? \boxed{} \boxed{4} 3?"
+    assert texts(template=template)[0].startswith("P: 1+{solution}? ")
+
+
 def test_num_documents_bounds_what_is_read(jsonl):
     path = jsonl(*({"text": f"document {index}"} for index in range(100)), b"{broken")
     assert len(read(kind="jsonl", path=path, num_documents=50, held_out=0.1)) <= 50
@@ -165,10 +220,10 @@ def test_the_mixture_follows_the_weights(jsonl):
             {"name": "unused", "kind": "jsonl", "path": "/nowhere", "weight": 0},
         ]
     )
-    texts = list(itertools.islice(mixture(data, 0), 2000))
+    texts = list(itertools.islice(mixture(data, 0, run_seed=0), 2000))
     characters = sum(len(text) for text in texts if text.startswith("prose"))
     assert characters / sum(map(len, texts)) == pytest.approx(0.25, abs=0.01)
-    assert sum(1 for _ in mixture(data, 0)) > 5500  # goes on when one ends
+    assert sum(1 for _ in mixture(data, 0, run_seed=0)) > 5500  # goes on when one ends
 
 
 # Wrong input.
@@ -179,9 +234,12 @@ def test_the_mixture_follows_the_weights(jsonl):
     [
         (b'{"text": "a"', r"texts.jsonl:2: not a line of UTF-8 JSON"),
         (b"\xff\xfe", r"texts.jsonl:2: not a line of UTF-8 JSON"),
-        (b'{"body": "a"}', r'texts.jsonl:2: each line must be an object with a "text"'),
-        (b'{"text": 3}', r'texts.jsonl:2: each line must be an object with a "text"'),
-        (b'["text"]', r'texts.jsonl:2: each line must be an object with a "text"'),
+        (
+            b'{"body": "a"}',
+            r"texts.jsonl:2: no column 'text', which data.corpora\[c\].options asks for; its columns: body",
+        ),
+        (b'{"text": 3}', r"texts.jsonl:2: column 'text' holds 3, which is not text"),
+        (b'["text"]', r'texts.jsonl:2: each line must be an object, as in {"text": "..."}'),
         (b'{"text": "\\ud800"}', r"texts.jsonl:2: the text holds a lone surrogate"),
     ],
 )
@@ -203,6 +261,8 @@ def check(**settings):
         ({"kind": "folder", "path": __file__}, r"data.corpora\[c\].path=.*: not a folder"),
         ({"kind": "stdlib", "options": {"part": "test"}}, r"data.corpora\[c\].options.part='test'"),
         ({"kind": "stdlib", "options": {"parts": "code"}}, r"options.parts: unknown option; did you mean part"),
+        ({"kind": "jsonl", "path": __file__, "options": {"template": "{a}", "column": "b"}}, "exclude each other"),
+        ({"kind": "jsonl", "path": __file__, "options": {"template": r"\boxed{}"}}, "must name at least one column"),
         ({"kind": "chains", "options": {"styles": {"poem": 1}}}, r"data.corpora\[c\].options.styles.poem"),
         ({"kind": "chains", "options": {"styles": {"worked": 0}}}, "at least one style"),
         ({"kind": "chains", "options": {"error_rate": 2}}, r"data.corpora\[c\].options.error_rate=2"),

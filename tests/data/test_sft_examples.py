@@ -38,6 +38,34 @@ def test_each_epoch_has_every_conversation_in_an_order_of_its_own(sft_path):
     assert [SFTExamples(Data(sft_path=path), seed=1)[index] for index in range(20)] != epochs[0]
 
 
+def parquet(path, *conversations):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow: pip install nemo-rmt[data]")
+    table = pyarrow.Table.from_pylist([{"messages": messages, "source": "x"} for messages in conversations])
+    pytest.importorskip("pyarrow.parquet").write_table(table, path)
+    return str(path)
+
+
+def test_a_parquet_file_gives_what_the_same_lines_give(sft_path, tmp_path):
+    with_name = [{"role": "user", "name": "Ada", "content": "?"}, {"role": "assistant", "content": "!"}]
+    conversations = [*map(conversation, range(20)), with_name]
+    lines, rows = sft_path(*conversations), parquet(tmp_path / "sft.parquet", *conversations)
+    examples = [SFTExamples(Data(sft_path=path), seed=0) for path in (lines, rows)]
+    for index in range(42):
+        assert examples[0][index] == examples[1][index]
+
+
+def test_a_malformed_row_is_named(tmp_path):
+    for bad, message in (
+        ([{"role": "user", "content": None}], r"sft.parquet, row 1: a message needs a text content"),
+        (None, r"sft.parquet, row 1: messages must be a list"),
+        ([{"role": "user", "content": "?"}], r"sft.parquet, row 1: .*role assistant"),
+    ):
+        with pytest.raises(UserError, match=message):
+            SFTExamples(Data(sft_path=parquet(tmp_path / "sft.parquet", conversation(1), bad)), seed=0)
+    with pytest.raises(UserError, match="no column 'messages', which data.sft_path asks for; its columns: none"):
+        SFTExamples(Data(sft_path=parquet(tmp_path / "sft.parquet")), seed=0)
+
+
 def test_generated_examples_are_training_problems_of_each_task_in_turn():
     tasks = [{"name": "short", "options": {"lengths": [2]}}, {"name": "long", "options": {"lengths": [9]}}]
     examples = SFTExamples(Data(tasks=tasks, sft_options={"direct": 1.0}), seed=0)

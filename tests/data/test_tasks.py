@@ -95,7 +95,7 @@ def test_a_verifier_that_behaves_is_believed(chain_task, monkeypatch):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"family": "chain"}, r"data.tasks\[t\].family='chain' is unknown"),
+        ({"family": "chain"}, r"data.tasks\[t\].family='chain' is unknown: use 'chains', 'questions' or"),
         ({"family": "reasoning_gym:"}, "is unknown"),
         ({"options": {"length": [3]}}, r"data.tasks\[t\].options.length: unknown option; did you mean lengths"),
         ({"options": {"lengths": []}}, r"data.tasks\[t\].options.lengths=\[\]"),

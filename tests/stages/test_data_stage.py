@@ -9,7 +9,9 @@ from collections import Counter
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from nemo_rmt.data.tokenizer import Tokenizer
+from nemo_rmt.config import Corpus
+from nemo_rmt.data.tables import DOWNLOAD_VARIABLE
+from nemo_rmt.data.tokenizer import Tokenizer, train_tokenizer
 from nemo_rmt.errors import UserError
 from nemo_rmt.stages import data
 from nemo_rmt.stages.job import StageJob
@@ -93,7 +95,56 @@ def test_no_corpora_and_a_split_without_documents_are_refused(recipe, tmp_path, 
     with pytest.raises(UserError, match="data.corpora is empty"):
         data.run(StageJob(stage="data", iteration=0, recipe=empty), tmp_path)
     whole = data.documents
-    monkeypatch.setattr(data, "documents", lambda *a: iter(()) if "held_out" in a else whole(*a))
+    monkeypatch.setattr(data, "documents", lambda *a, **k: iter(()) if "held_out" in a else whole(*a, **k))
     with pytest.raises(UserError, match=r"data.corpora\[chains\] has no held_out documents"):
         data.run(StageJob(stage="data", iteration=0, recipe=recipe), tmp_path)
     assert not (tmp_path / "result.json").exists()
+
+
+def test_a_number_of_held_out_documents_is_kept_from_the_tokenizer_too(recipe, tmp_path, monkeypatch):
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"text": f"document {index}"}) + "\n" for index in range(300)))
+    own = recipe.model_copy(deep=True)
+    own.data.corpora = [Corpus(name="own", kind="jsonl", path=str(path), held_out=40)]
+    seen = []
+
+    def keep(text):
+        seen.append(text)
+        return text
+
+    monkeypatch.setattr(data, "train_tokenizer", lambda texts, *rest: train_tokenizer(map(keep, texts), *rest))
+    data.run(StageJob(stage="data", iteration=0, recipe=own), tmp_path)
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer")
+    train, held_out = (
+        {tokenizer.decode(list(tokens)[:-1]) for tokens in documents(tmp_path, "own", split)}
+        for split in ("train", "held_out")
+    )
+    assert (len(train), len(held_out)) == (260, 40) and not train & held_out
+    assert set(seen) == train
+
+
+def test_a_hub_corpus_is_refused_before_any_work_unless_the_stage_may_download(recipe, tmp_path, monkeypatch):
+    own = recipe.model_copy(deep=True)
+    own.data.corpora = [*own.data.corpora, Corpus(name="hub", kind="hub", path="owner/name")]
+    asked = []
+    monkeypatch.setattr(data, "documents", lambda *a, download, **k: asked.append(download) or iter(()))
+    monkeypatch.setattr(data, "mixture", lambda *a, download, **k: asked.append(download) or iter(["a"]))
+    monkeypatch.delenv(DOWNLOAD_VARIABLE, raising=False)
+    with pytest.raises(UserError, match=r"data.corpora\[hub\] is owner/name on the Hugging Face hub"):
+        data.run(StageJob(stage="data", iteration=0, recipe=own), tmp_path)
+    assert not asked and not any(tmp_path.iterdir())
+    monkeypatch.setenv(DOWNLOAD_VARIABLE, "1")
+    with pytest.raises(UserError, match="no train documents"):
+        data.run(StageJob(stage="data", iteration=0, recipe=own), tmp_path)
+    assert asked == [True, True]
+
+
+def test_a_long_corpus_says_how_far_it_is(monkeypatch, capsys):
+    now = iter([0.0, 4.0, 9.9, 10.0, 10.0, 15.0, 30.0, 30.0])
+    monkeypatch.setattr(data.time, "monotonic", lambda: next(now))
+    rows = [[7] * 1000] * 5
+    assert list(data.with_progress(rows, "[0/data] web, train")) == rows
+    assert capsys.readouterr().out.splitlines() == [
+        "[0/data] web, train: 3 documents, 3,000 tokens, 300 tokens/s",
+        "[0/data] web, train: 5 documents, 5,000 tokens, 167 tokens/s",
+    ]
