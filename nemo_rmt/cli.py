@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -59,12 +60,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     stage.add_argument("--iteration", type=int, default=0, metavar="K", help="turn of the flywheel, from 0 (default)")
 
-    _command(commands, "data", _data, "build a recipe's tokenizer and token files (its data stage)")
+    data = _command(commands, "data", _data, "build a recipe's tokenizer and token files, downloading what it names")
+    data.usage = "nemo-rmt data build [RECIPE] [--yaml FILE]... [key=value]..."
 
     evaluate = _command(commands, "evaluate", _evaluate, "measure an iteration's models (its evaluate stage)")
     evaluate.add_argument(
         "--iteration", type=int, default=None, metavar="K", help="turn of the flywheel (default: the last)"
     )
+
+    _command(commands, "plan", _plan, "check a recipe against a cluster: layout, memory, time, data; starts nothing")
+
+    load = _command(commands, "import", _import, "make a checkpoint of a Hugging Face model")
+    load.usage = "nemo-rmt import source=HF_FOLDER target=CHECKPOINT [precision=bf16]"
 
     report = _command(
         commands, "report", _report, "write the report of a run: RUN_DIR, or the recipe it was started from"
@@ -125,9 +132,29 @@ def _stage(args: argparse.Namespace) -> int:
 
 
 def _data(args: argparse.Namespace) -> int:
+    from nemo_rmt.data.tables import DOWNLOAD_VARIABLE
     from nemo_rmt.flywheel import run_one_stage
 
-    return run_one_stage(_recipe(args, args.items), "data", 0)
+    if args.items[:1] != ["build"]:
+        raise UserError(f"data takes build, got {' '.join(args.items) or 'nothing'}: nemo-rmt data build tiny")
+    os.environ[DOWNLOAD_VARIABLE] = "1"  # the stage's process inherits it
+    return run_one_stage(_recipe(args, args.items[1:]), "data", 0, download=True)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from nemo_rmt.plan import run_plan
+
+    return run_plan(_recipe(args, args.items))
+
+
+def _import(args: argparse.Namespace) -> int:
+    given = dict(item.split("=", 1) for item in args.items if "=" in item)
+    if args.yaml or len(given) < len(args.items) or set(given) - {"precision"} != {"source", "target"}:
+        raise UserError("import takes source=HF_FOLDER, target=CHECKPOINT and, if it is not to be bf16, precision=fp32")
+    from nemo_rmt.megatron.hugging_face import import_checkpoint  # loads torch and Megatron
+
+    import_checkpoint(Path(given["source"]), Path(given["target"]), given.get("precision", "bf16"))
+    return 0
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -154,14 +181,17 @@ def _report(args: argparse.Namespace) -> int:
 
 def _recipes(args: argparse.Namespace) -> int:
     from nemo_rmt import recipes
+    from nemo_rmt.overview import print_recipes
     from nemo_rmt.recipe_io import resolved_yaml
 
     what, *items = args.items or ["list"]
     if what == "list" and not items:
-        for name in recipes.names():
-            print(f"{name:<24}{(recipes.RECIPES[name].__doc__ or '').strip().splitlines()[0]}")
+        print_recipes()
     elif what == "show":
-        print(resolved_yaml(_recipe(args, items), comments=True), end="")
+        recipe = _recipe(args, items)
+        if recipe.name in recipes.names():
+            print("\n".join(f"# {line}".rstrip() for line in recipes.about(recipe.name).splitlines()) + "\n")
+        print(resolved_yaml(recipe, comments=True), end="")
     else:
         raise UserError(f"recipes takes list or show, got {' '.join(args.items)}")
     return 0

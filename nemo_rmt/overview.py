@@ -12,6 +12,7 @@ from rich.table import Table
 from nemo_rmt import recipes
 from nemo_rmt.chain import StageRef, plan_chain
 from nemo_rmt.config import RMT, Recipe, Stage
+from nemo_rmt.plan.parameters import parameter_count
 from nemo_rmt.recipe_io import recipe_differences
 from nemo_rmt.run_folder import RunFolder, StageRecord
 
@@ -25,6 +26,23 @@ HEADLINES = {
     "evaluate": ("lm/all/nll", "lm/all/unigram_nll", "tokens/hard/ntr", "tasks/*/pass@1", "tasks/*/greedy"),
 }
 """Metrics of each stage's result shown in the summary, as patterns; ``*`` stands for one name."""
+
+
+def print_recipes() -> None:
+    """Every recipe with its size, the GPUs it is laid out for, and the stages of one iteration."""
+    table = Table("recipe", "parameters", "GPUs", "turns", "stages", "what")
+    for name in recipes.names():
+        recipe = recipes.build(name)
+        processes = recipe.cluster.nodes * recipe.cluster.gpus_per_node
+        table.add_row(
+            name,
+            f"{parameter_count(recipe):,}",
+            str(processes) if processes > 1 else "1 or CPU",
+            str(recipe.iterations),
+            ", ".join(recipe.stages),
+            recipes.summary(name),
+        )
+    _console().print(table)
 
 
 def print_chain(recipe: Recipe, run: RunFolder, done: set[StageRef]) -> None:

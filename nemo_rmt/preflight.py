@@ -3,41 +3,45 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
+import subprocess
 from pathlib import Path
 
 from nemo_rmt.chain import fixed_differences, plan_chain, recipe_digest
-from nemo_rmt.compatibility import require_compatible
 from nemo_rmt.config import Recipe
 from nemo_rmt.errors import UserError
+from nemo_rmt.plan.inputs import input_checks, tokenizer_size
+from nemo_rmt.plan.parameters import parameter_count
 from nemo_rmt.process import gpu_count
 from nemo_rmt.recipe_io import load_recipe
 from nemo_rmt.run_folder import RunFolder, State, check_space, check_writable
-
-logger = logging.getLogger(__name__)
 
 CHECKPOINT_BYTES_PER_PARAMETER = 16
 """fp32 weights, fp32 master weights and two Adam moments."""
 DATA_BYTES_PER_CHARACTER = 2
 """Token ids of a byte-level vocabulary need fewer; the tokenizer and metrics fit in the rest."""
+FP8_CAPABILITY = {"tensorwise": 8.9, "delayed": 8.9, "blockwise": 9.0}
+"""The compute capability that each of model.fp8_recipe's needs: Ada's, or Hopper's."""
 
 
-def check(recipe: Recipe, run: RunFolder) -> None:
+def check(recipe: Recipe, run: RunFolder, *, download: bool = False) -> None:
     """Raise UserError for anything that would make a stage fail later; leaves nothing behind.
 
     Checked: the layout fits this machine, data, tasks, tokenizer, checkpoints given from outside, the run
     folder's earlier state, and that it can be written and has room.
+    download: only the data stage is to run, in one process, and may fetch what the recipe names from the Hugging
+    Face hub: the machines and checkpoints that training needs are not looked at.
     """
-    _check_machine(recipe)
-    _check_lengths(recipe)
+    if not download:
+        _check_machine(recipe)
+        check_accelerator(recipe)
+        check_lengths(recipe)
     state = check_state(recipe, run)
-    if state is None or state.record(0, "data").status != "done":
-        _check_corpora(recipe)
-    _check_tasks(recipe)
-    _check_scores(recipe)
-    vocab_size = _check_tokenizer_and_checkpoints(recipe)
+    built = state is not None and state.record(0, "data").status == "done"
+    for each in input_checks(recipe, data_built=built, download=download):
+        if not download or not each.of_training:
+            each.run()
     check_writable(run.path)
-    check_space(run.path, space_needed(recipe, run, vocab_size))
+    check_space(run.path, space_needed(recipe, run, tokenizer_size(recipe)))
 
 
 def check_state(recipe: Recipe, run: RunFolder) -> State | None:
@@ -60,15 +64,6 @@ def check_state(recipe: Recipe, run: RunFolder) -> State | None:
             f"{run.recipe_path.name} and this one have): choose another run_dir"
         )
     return state
-
-
-def parameter_count(recipe: Recipe, vocab_size: int) -> int:
-    """Parameters of the model, from its configuration."""
-    m = recipe.model
-    head = m.head_dim or m.hidden_size // m.num_attention_heads
-    attention = m.hidden_size * head * 2 * (m.num_attention_heads + m.num_query_groups)
-    layer = attention + 3 * m.hidden_size * m.ffn_hidden_size + 2 * m.hidden_size
-    return m.num_layers * layer + vocab_size * m.hidden_size * (1 if m.tie_embeddings else 2) + m.hidden_size
 
 
 def space_needed(recipe: Recipe, run: RunFolder, vocab_size: int) -> int:
@@ -103,17 +98,52 @@ def _check_machine(recipe: Recipe) -> None:
             f"tracking.wandb_project={recipe.tracking.wandb_project}, but wandb is not installed: "
             "pip install 'nemo-rmt[wandb]', or set tracking.wandb_project=null"
         )
-    if recipe.model.layers == "transformer_engine":
-        if importlib.util.find_spec("transformer_engine") is None:
-            raise UserError(
-                "model.layers=transformer_engine, but Transformer Engine is not installed: pip install 'nemo-rmt[fp8]' "
-                "or set model.layers=local"
-            )
-        if not gpus:
-            raise UserError("model.layers=transformer_engine needs a GPU and none is visible: set model.layers=local")
+    if recipe.model.layers == "transformer_engine" and not gpus:
+        remedy = "model.layers=local" + (" and model.fp8=null" if recipe.model.fp8 else "")
+        raise UserError(f"model.layers=transformer_engine needs a GPU and none is visible: set {remedy}")
 
 
-def _check_lengths(recipe: Recipe) -> None:
+def check_accelerator(recipe: Recipe) -> None:
+    """Raise UserError unless Transformer Engine is installed and the GPUs can do FP8, where the recipe asks for them.
+
+    The compute capability is that of the GPUs visible here, else cluster.gpu_compute_capability.
+    """
+    model = recipe.model
+    if model.layers != "transformer_engine":
+        return
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise UserError(
+            f"model.layers=transformer_engine{f' with model.fp8={model.fp8}' if model.fp8 else ''}, but Transformer "
+            "Engine is not installed: pip install 'nemo-rmt[fp8]' or set model.layers=local"
+            + (" and model.fp8=null" if model.fp8 else "")
+        )
+    if model.fp8 is None:
+        return
+    seen, needed = compute_capability(), FP8_CAPABILITY[model.fp8_recipe]
+    found = recipe.cluster.gpu_compute_capability if seen is None else seen
+    if found < needed:
+        blocks = found >= FP8_CAPABILITY["tensorwise"]
+        which = "cluster.gpu_compute_capability is" if seen is None else "the visible GPU has"
+        raise UserError(
+            f"model.fp8={model.fp8} with model.fp8_recipe={model.fp8_recipe} needs GPUs of compute capability {needed} "
+            f"or more, {which} {found}: set model.{'fp8_recipe=tensorwise' if blocks else 'fp8=null'}"
+        )
+
+
+def compute_capability() -> float | None:
+    """The lowest of the GPUs visible to processes started from here; None without one, or without nvidia-smi."""
+    if not gpu_count():
+        return None
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        listing = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+        return min(float(line) for line in listing.split())
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+
+
+def check_lengths(recipe: Recipe) -> None:
+    """Raise UserError for rows that leave no room, or are longer than the model's positions."""
     if recipe.rl.enabled and recipe.rollout.max_new_tokens >= recipe.rl.sequence_length:
         raise UserError(
             f"rollout.max_new_tokens={recipe.rollout.max_new_tokens} leaves no room for a prompt in "
@@ -124,66 +154,3 @@ def _check_lengths(recipe: Recipe) -> None:
             f"evaluate.sequence_length={recipe.evaluate.sequence_length} exceeds "
             f"model.max_position={recipe.model.max_position}"
         )
-
-
-def _check_corpora(recipe: Recipe) -> None:
-    from nemo_rmt.data.corpora import check_corpus  # data code is loaded for runs only
-
-    if not recipe.data.corpora:
-        raise UserError("data.corpora is empty: name at least one corpus, or start from a recipe such as tiny")
-    for corpus in recipe.data.corpora:
-        check_corpus(corpus, recipe.data)
-
-
-def _check_tasks(recipe: Recipe) -> None:
-    from nemo_rmt.data.sft import SFTExamples
-    from nemo_rmt.data.tasks import make_task
-
-    if recipe.rl.enabled and not recipe.data.tasks:
-        raise UserError("data.tasks is empty: RL needs at least one task, for example [{name: chains}]")
-    for task in recipe.data.tasks:
-        make_task(task)
-    if recipe.sft.enabled:
-        SFTExamples(recipe.data, recipe.seed)  # reads every line of sft_path
-
-
-def _check_scores(recipe: Recipe) -> None:
-    scores = recipe.rmt.difficulty.scores
-    if recipe.rmt.enabled and scores is not None and not (Path(scores) / "difficulty.json").is_file():
-        raise UserError(
-            f"rmt.difficulty.scores={scores} has no difficulty.json: give the folder of an earlier run's scores "
-            "(iteration_000/data/difficulty/...), or null to score the corpora"
-        )
-
-
-def _check_tokenizer_and_checkpoints(recipe: Recipe) -> int:
-    """Check tokenizer.path and the checkpoints given as folders; returns the vocabulary's size."""
-    given = {}
-    if recipe.pretrain.checkpoint is not None:
-        given["pretrain.checkpoint"] = recipe.pretrain.checkpoint
-    if recipe.anneal.enabled and recipe.anneal.objective == "remit":
-        if recipe.anneal.remit.reference != "previous":
-            given["anneal.remit.reference"] = recipe.anneal.remit.reference
-        elif recipe.iterations == 1:
-            logger.info("note: with iterations=1 there is no earlier RL model, so the only anneal is uniform")
-    scorer = recipe.rmt.difficulty.scorer
-    if recipe.rmt.enabled and scorer != "start":
-        given["rmt.difficulty.scorer"] = scorer
-    if recipe.tokenizer.path is None:
-        for key, folder in given.items():
-            raise UserError(
-                f"{key}={folder} needs the tokenizer it was trained with, and tokenizer.path is null (a new one would "
-                "be trained): set tokenizer.path to that run's iteration_000/data/tokenizer"
-            )
-        return recipe.tokenizer.vocab_size
-    from nemo_rmt.data.thoughts import branch_prompt
-    from nemo_rmt.data.tokenizer import Tokenizer
-
-    if not (Path(recipe.tokenizer.path) / "tokenizer.json").is_file():
-        raise UserError(f"tokenizer.path={recipe.tokenizer.path} is not a tokenizer folder: it has no tokenizer.json")
-    tokenizer = Tokenizer.load(Path(recipe.tokenizer.path))
-    if recipe.rmt.enabled and recipe.rmt.objective == "rmt":
-        branch_prompt(tokenizer, recipe.rmt.prompt, recipe.rmt.budget.initial)  # needs <think> and </think>
-    for key, folder in given.items():
-        require_compatible(Path(folder), recipe.model, tokenizer.vocab_size, tokenizer.fingerprint, key)
-    return tokenizer.vocab_size

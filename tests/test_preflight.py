@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from nemo_rmt import preflight, run_folder
 from nemo_rmt.config import Recipe
 from nemo_rmt.data.tokenizer import Tokenizer, train_tokenizer
 from nemo_rmt.errors import UserError
+from nemo_rmt.plan.parameters import parameter_count
 from nemo_rmt.recipe_io import load_recipe
 from nemo_rmt.run_folder import RunFolder
 
@@ -138,12 +140,9 @@ def test_a_full_disk_is_refused_with_what_is_free_and_what_is_needed(tmp_path, m
 def test_the_space_needed_follows_parameters_and_checkpoints(tmp_path):
     recipe = tiny(tmp_path)
     run = RunFolder(Path(recipe.run_dir))
-    m = recipe.model
-    layer = m.hidden_size * (m.hidden_size * 2 + 2 * 64) + 3 * m.hidden_size * m.ffn_hidden_size + 2 * m.hidden_size
-    assert preflight.parameter_count(recipe, 512) == 4 * layer + 512 * 128 + 128
     once = preflight.space_needed(recipe, run, 512)
     recipe.flywheel.keep_checkpoints = 2
-    assert preflight.space_needed(recipe, run, 512) - once == 9 * 16 * preflight.parameter_count(recipe, 512)
+    assert preflight.space_needed(recipe, run, 512) - once == 9 * 16 * parameter_count(recipe, 512)
 
 
 def test_stage_folders_without_a_state_are_not_taken_over(tmp_path):
@@ -179,3 +178,53 @@ def test_rmt_needs_a_tokenizer_with_the_tokens_of_a_thought(tmp_path, tokenizer)
         check(tiny(tmp_path, f"tokenizer.path={folder}"))
     check(tiny(tmp_path, f"tokenizer.path={folder}", "rmt.enabled=false"))
     check(tiny(tmp_path, f"tokenizer.path={tokenizer}"))
+
+
+def visible_gpus(folder: Path, monkeypatch, *capabilities: str) -> None:
+    """A machine with Transformer Engine and these GPUs, as its nvidia-smi tells."""
+    program = folder / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n" + "".join(f"echo {each}\n" for each in capabilities))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(capabilities)))))
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True if name == "transformer_engine" else found(name))
+
+
+FP8 = ["model.layers=transformer_engine", "model.precision=bf16", "model.fp8=hybrid"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "capabilities", "message"),
+    [
+        ("tensorwise", ["9.0", "8.0"], "8.9 or more, the visible GPU has 8.0: set model.fp8=null"),
+        ("blockwise", ["8.9"], "9.0 or more, the visible GPU has 8.9: set model.fp8_recipe=tensorwise"),
+        ("tensorwise", ["8.9"], None),
+        ("blockwise", ["12.0", "9.0"], None),
+    ],
+)
+def test_fp8_is_refused_at_the_start_on_gpus_without_it(tmp_path, monkeypatch, recipe, capabilities, message):
+    visible_gpus(tmp_path, monkeypatch, *capabilities)
+    asked = tiny(tmp_path, *FP8, f"model.fp8_recipe={recipe}", "cluster.gpu_compute_capability=1")
+    if message is None:
+        return check(asked)
+    with pytest.raises(UserError, match=message):
+        check(asked)
+
+
+def test_without_a_gpu_the_recipe_says_what_its_gpus_can_do(tmp_path, monkeypatch):
+    visible_gpus(tmp_path, monkeypatch, "9.0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    preflight.check_accelerator(tiny(tmp_path, *FP8))
+    with pytest.raises(UserError, match="cluster.gpu_compute_capability is 8.0"):
+        preflight.check_accelerator(tiny(tmp_path, *FP8, "cluster.gpu_compute_capability=8.0"))
+    with pytest.raises(UserError, match="needs a GPU and none is visible: set model.layers=local and model.fp8=null"):
+        check(tiny(tmp_path, *FP8))
+
+
+def test_corpora_of_the_hub_may_be_fetched_only_when_that_is_asked_for(tmp_path):
+    recipe = tiny(tmp_path, "data.corpora=[{name: web, kind: hub, path: owner/name}]")
+    with pytest.raises(UserError, match="nemo-rmt data build"):
+        check(recipe)
+    preflight.check(recipe, RunFolder(Path(recipe.run_dir)), download=True)

@@ -1,0 +1,86 @@
+"""How many parameters a model has: as published, and on each rank of a layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_rmt.config import Model, Parallel, Recipe
+
+VOCAB_MULTIPLE = 128
+"""Embedding rows are padded to a multiple of this; the same as nemo_rmt.megatron.model's."""
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Sizes of a layer's tensors on one tensor-parallel rank."""
+
+    hidden: int
+    """Of the residual stream, which is not divided."""
+    query: int
+    """Of all query heads of this rank."""
+    key: int
+    """Of all key heads, and of all value heads."""
+    ffn: int
+    """Inside the feed-forward layer."""
+    heads: int
+    """Query heads."""
+    groups: int
+    """Key/value heads."""
+    head_dim: int
+
+    @classmethod
+    def of(cls, model: Model, tensor: int = 1) -> Widths:
+        """The widths at a tensor-parallel size."""
+        head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
+        heads, groups = model.num_attention_heads // tensor, model.num_query_groups // tensor
+        ffn = model.ffn_hidden_size // tensor
+        return cls(model.hidden_size, heads * head_dim, groups * head_dim, ffn, heads, groups, head_dim)
+
+
+def model_vocabulary(recipe: Recipe) -> int:
+    """Tokens the model predicts over, from the recipe alone."""
+    return recipe.model.vocab_size or recipe.tokenizer.vocab_size
+
+
+def padded_rows(vocab_size: int) -> int:
+    """Rows of the embedding."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def parameter_count(recipe: Recipe, vocab_size: int | None = None) -> int:
+    """Parameters as they are published: once each, without the embedding's padding.
+
+    vocab_size: the tokenizer's, where the recipe does not say the model's; None: recipe.tokenizer.vocab_size.
+    """
+    model = recipe.model
+    rows = model.vocab_size or vocab_size or recipe.tokenizer.vocab_size
+    embeddings = rows * model.hidden_size * (1 if model.tie_embeddings else 2)
+    return model.num_layers * layer_parameters(model) + embeddings + model.hidden_size
+
+
+def layer_parameters(model: Model, tensor: int = 1) -> int:
+    """Parameters of one layer on one tensor-parallel rank."""
+    w = Widths.of(model, tensor)
+    count = product_parameters(model, tensor) + 2 * w.hidden  # norms, before or after: as many
+    if model.qk_norm:
+        count += 2 * w.head_dim if model.qk_norm_span == "head" else w.query + w.key
+    if model.qkv_bias:
+        count += w.query + 2 * w.key
+    return count
+
+
+def product_parameters(model: Model, tensor: int = 1) -> int:
+    """Those of them that are the weights of matrix products."""
+    w = Widths.of(model, tensor)
+    return w.hidden * (2 * w.query + 2 * w.key) + 3 * w.hidden * w.ffn
+
+
+def rank_parameters(model: Model, parallel: Parallel, vocab_size: int, pipeline_rank: int) -> int:
+    """Parameters of one rank, padding included."""
+    last = pipeline_rank == parallel.pipeline - 1
+    count = model.num_layers // parallel.pipeline * layer_parameters(model, parallel.tensor)
+    # Tied embeddings are on both ends of a pipeline; on one rank they are one.
+    tables = (pipeline_rank == 0) + last
+    if model.tie_embeddings and parallel.pipeline == 1:
+        tables = 1
+    return count + tables * padded_rows(vocab_size) // parallel.tensor * model.hidden_size + last * model.hidden_size
