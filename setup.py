@@ -17,10 +17,10 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=[*find_packages(include=["nemo_rmt", "nemo_rmt.*"]), "nemo_rmt.recipes"],
     package_dir={"nemo_rmt": "nemo_rmt", "nemo_rmt.recipes": "recipes"},
-    package_data={"nemo_rmt.recipes": ["baselines/*.yaml"], "nemo_rmt.report": ["*.j2"]},
+    package_data={"nemo_rmt.recipes": ["*.yaml", "*/*.yaml"], "nemo_rmt.report": ["*.j2"]},
     install_requires=[
         "torch>=2.6",
-        "megatron-core>=0.16.1,<0.17",
+        "megatron-core>=0.15.3,<0.17",
         # Megatron's checkpoint save hangs without it, and does not declare it
         "psutil>=5.9",
         "numpy>=1.26",
@@ -40,15 +40,21 @@ setup(
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
             "reasoning-gym==0.1.25",
+            "datasets>=3.0",
             'trl==1.16.0; python_version >= "3.11"',
         ],
         # leptonai 0.47 lost the module that nemo_run 0.11.1 imports
         "nemo": ["nemo_run==0.11.1", "leptonai>=0.26.6,<0.47"],
+        # Parquet and Arrow tables, and the Hugging Face hub
+        "data": ["pyarrow>=14", "datasets>=3.0"],
         "bridge": ["megatron-bridge==0.3.1"],
         "vllm": ["vllm>=0.32,<0.33"],
         "fp8": ["transformer-engine[pytorch]>=2.0"],
         "reasoning": ["reasoning-gym==0.1.25"],
         "wandb": ["wandb>=0.18"],
     },
-    entry_points={"console_scripts": ["nemo-rmt = nemo_rmt.cli:main"]},
+    entry_points={
+        "console_scripts": ["nemo-rmt = nemo_rmt.cli:main"],
+        "nemo_run.cli": ["rmt = nemo_rmt.adapters.nemo_run_cli"],
+    },
 )

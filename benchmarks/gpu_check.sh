@@ -16,3 +16,9 @@ PY
 "$python" benchmarks/logprob_head.py --vocab 151936 --tokens 2048
 "$python" benchmarks/rmt_step.py
 "$python" benchmarks/rollout.py
+CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} "$python" benchmarks/train_step.py small olmo2_1b
+if "$python" -c 'import transformer_engine' 2>/dev/null; then
+    CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} "$python" benchmarks/train_step.py olmo2_1b --yaml recipes/variants/fp8.yaml
+else
+    echo "gpu_check: Transformer Engine is not installed: FP8 was not measured"
+fi

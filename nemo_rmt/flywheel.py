@@ -19,7 +19,7 @@ from pathlib import Path
 
 from nemo_rmt import preflight
 from nemo_rmt.chain import PlannedStage, StageRef, plan_chain, recipe_digest
-from nemo_rmt.config import Recipe
+from nemo_rmt.config import Cluster, Recipe
 from nemo_rmt.errors import UserError
 from nemo_rmt.overview import print_chain, print_summary
 from nemo_rmt.process import WRONG_INPUT, Interrupted, run_stage, signals_raise, worker_command
@@ -51,20 +51,25 @@ def run_flywheel(recipe: Recipe, *, dry_run: bool = False, command: Command = wo
     return _locked(recipe, run, command, None)
 
 
-def run_one_stage(recipe: Recipe, stage: str, iteration: int, *, command: Command = worker_command) -> int:
-    """Run, or continue, one stage of the chain, whose inputs must be done. Returns as run_flywheel does."""
+def run_one_stage(
+    recipe: Recipe, stage: str, iteration: int, *, download: bool = False, command: Command = worker_command
+) -> int:
+    """Run, or continue, one stage of the chain, whose inputs must be done. Returns as run_flywheel does.
+
+    download: the data stage may fetch what the recipe names from the Hugging Face hub.
+    """
     chain = {planned.ref: planned for planned in plan_chain(recipe)}
     target = StageRef(iteration, stage)
     if target not in chain:
         raise UserError(
             f"the recipe has no stage {stage} in iteration {iteration}; it has: {', '.join(map(str, chain))}"
         )
-    return _locked(recipe, RunFolder(Path(recipe.run_dir)), command, target)
+    return _locked(recipe, RunFolder(Path(recipe.run_dir)), command, target, download=download)
 
 
-def _locked(recipe: Recipe, run: RunFolder, command: Command, only: StageRef | None) -> int:
+def _locked(recipe: Recipe, run: RunFolder, command: Command, only: StageRef | None, *, download: bool = False) -> int:
     """Check, lock, run all stages or one, report."""
-    preflight.check(recipe, run)
+    preflight.check(recipe, run, download=download)
     with run.lock() as lock:
         flywheel = FlywheelRun(recipe, run, command, lock)  # reads the state again, now that nobody else writes it
         try:
@@ -196,8 +201,11 @@ class FlywheelRun:
         note = self.chain[ref].note
         print(f"{ref}" + (f" ({note})" if note else "") + (f", attempt {attempt}" if attempt > 1 else ""), flush=True)
         self.started += 1
+        recipe = self.recipe
+        if ref.stage == "data":  # one process writes files, wherever the others are to train
+            recipe = recipe.model_copy(update={"cluster": Cluster(threads=recipe.cluster.threads)})
         try:
-            return run_stage(stage_yaml, self.command(stage_yaml, self.recipe), self.recipe, self.lock)
+            return run_stage(stage_yaml, self.command(stage_yaml, recipe), recipe, self.lock)
         except Interrupted:
             self.state.record(ref.iteration, ref.stage).status = "pending"
             self.run.save_state(self.state)

@@ -18,10 +18,13 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from nemo_rmt.config import Recipe, Section
+from nemo_rmt.config import Recipe, Section, Stage
 from nemo_rmt.errors import UserError
 
 _OVERRIDE = re.compile(r"(?P<key>[A-Za-z_]\w*(?:\.\w+)*)(?P<operator>[*+]?)=(?P<value>.*)", re.DOTALL)
+
+_SHORT = {"lr", "min_lr", "schedule", "warmup_steps", "weight_decay", "clip_grad"}
+"""Keys of a stage's optimizer that an override may name without ``optim``: none that another section of it has too."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -186,7 +189,7 @@ def _override(values: dict[str, Any], text: str) -> None:
     match = _OVERRIDE.fullmatch(text)
     if match is None:
         raise UserError(f"cannot read {text!r}: expected key=value, for example anneal.steps=200")
-    path = tuple(match["key"].split("."))
+    path = _optimizer_key(tuple(match["key"].split(".")))
     target, name, annotation = _locate(values, path)
     if match["operator"]:
         target[name] = _scaled(target[name], match["operator"], match["value"], match["key"])
@@ -197,6 +200,14 @@ def _override(values: dict[str, Any], text: str) -> None:
             annotation,
             path,
         )
+
+
+def _optimizer_key(path: tuple[str, ...]) -> tuple[str, ...]:
+    """``anneal.lr`` is short for ``anneal.optim.lr``; so for every stage."""
+    stage = _section(Recipe.model_fields[path[0]].annotation) if path[0] in Recipe.model_fields else None
+    if len(path) == 2 and path[1] in _SHORT and stage is not None and issubclass(stage, Stage):
+        return path[0], "optim", path[1]
+    return path
 
 
 def _locate(values: dict[str, Any], path: tuple[str, ...]) -> tuple[Any, Any, Any]:

@@ -61,6 +61,10 @@ def nemo_rmt(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPr
         (["stage", "stage.yaml", "tiny"], "takes no recipe"),
         (["report", "/tmp"], "not a run folder"),
         (["recipes", "drop"], "list or show"),
+        (["data", "tiny"], "data takes build"),
+        (["import", "source=/does/not/exist"], "target="),
+        (["import", "source=/does/not/exist", "target=there"], "/does/not/exist"),
+        (["plan", "qwen3_14b", "paralel.tensor=4"], "parallel.tensor"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, words):
@@ -81,9 +85,7 @@ def test_python_m_nemo_rmt_is_the_command_and_starts_fast(tmp_path):
     assert done.stderr.startswith("nemo-rmt: error: iterations") and "Traceback" not in done.stderr
 
 
-def test_the_recipes_are_listed_and_shown_as_yaml_that_loads(tmp_path, capsys):
-    assert cli.main(["recipes"]) == 0
-    assert capsys.readouterr().out.startswith("small ")
+def test_a_recipe_is_shown_as_yaml_that_loads_overrides_included(tmp_path, capsys):
     assert cli.main(["recipes", "show", "tiny", "seed=9"]) == 0
     shown = capsys.readouterr().out
     assert "# Peak learning rate." in shown
@@ -104,7 +106,7 @@ def test_a_flywheel_and_its_single_stages_share_the_run_folder(tmp_path, fake_st
     recipe = ["tiny", f"run_dir={tmp_path}/run", NO_TEXT]
     assert cli.main(["evaluate", *recipe]) == 2
     assert not (tmp_path / "run" / "state.json").exists()
-    assert cli.main(["data", *recipe]) == 0
+    assert cli.main(["data", "build", *recipe]) == 0
     assert cli.main(["stage", "pretrain", *recipe]) == 0
     assert cli.main(["stage", "anneal", *recipe, "--iteration", "1"]) == 2
     assert "iteration 0 rl" in capfd.readouterr().err
@@ -125,7 +127,7 @@ def test_a_failed_stage_is_exit_code_1(tmp_path, fake_stages, capfd):
 
 def test_a_saved_stage_runs_alone_in_a_folder_of_its_own(tmp_path, fake_stages, monkeypatch, capfd):
     monkeypatch.setattr("nemo_rmt.lone_stage.worker_command", fake)
-    assert cli.main(["data", "tiny", f"run_dir={tmp_path}/run", NO_TEXT]) == 0
+    assert cli.main(["data", "build", "tiny", f"run_dir={tmp_path}/run", NO_TEXT]) == 0
     saved = tmp_path / "run" / "iteration_000" / "data" / "stage.yaml"
     assert StageJob.load(saved).stage == "data"
     assert cli.main(["stage", str(saved)]) == 2

@@ -1,4 +1,4 @@
-"""The chain, and the state machine that runs it: what is skipped, resumed and made again."""
+"""The state machine that runs a chain: what is skipped, resumed and made again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fake_checkpoint import write_checkpoint
 from nemo_rmt import flywheel
 from nemo_rmt.config import Recipe
 from nemo_rmt.errors import UserError
-from nemo_rmt.flywheel import StageRef, plan_chain, run_flywheel, run_one_stage
+from nemo_rmt.flywheel import run_flywheel, run_one_stage
 from nemo_rmt.recipe_io import load_recipe, resolved_yaml
 from nemo_rmt.run_folder import RunFolder
 
@@ -53,33 +53,6 @@ def ran(recipe: Recipe) -> list[str]:
 def faults(recipe: Recipe, **plan: object) -> None:
     Path(recipe.run_dir).mkdir(exist_ok=True)
     (Path(recipe.run_dir) / "plan.json").write_text(json.dumps({k.replace("_", "/"): v for k, v in plan.items()}))
-
-
-def test_iteration_0_pretrains_and_anneals_uniformly_and_later_ones_are_guided_by_the_rl_model_before():
-    chain = {str(planned.ref): planned for planned in plan_chain(load_recipe("tiny", [], ["iterations=3"]))}
-    assert [name.split()[-1] for name in chain] == [s.split("/")[1] for s in FIRST + SECOND + SECOND]
-    assert "reference" not in chain["iteration 0 anneal"].inputs
-    assert chain["iteration 2 anneal"].inputs == {
-        "data": StageRef(0, "data"),
-        "checkpoint": StageRef(0, "pretrain"),
-        "reference": StageRef(1, "rl"),
-    }
-    assert list(chain["iteration 0 evaluate"].inputs) == ["data", "pretrain", "anneal", "rmt", "sft", "rl"]
-    assert list(chain["iteration 1 evaluate"].inputs) == ["data", "anneal", "rmt", "sft", "rl"]
-
-
-def test_a_given_checkpoint_replaces_pretraining_and_a_given_reference_guides_iteration_0():
-    overrides = ["pretrain.checkpoint=/c", "anneal.remit.reference=/r", "iterations=1"]
-    data, anneal, *_, evaluate = plan_chain(load_recipe("tiny", [], overrides))
-    assert (data.ref.stage, anneal.ref.stage) == ("data", "anneal")
-    assert (anneal.inputs["checkpoint"], anneal.inputs["reference"]) == (Path("/c"), Path("/r"))
-    assert "pretrain" not in evaluate.inputs
-
-
-def test_start_from_previous_continues_the_last_base():
-    chain = plan_chain(load_recipe("tiny", [], ["flywheel.start_from=previous", "anneal.objective=uniform"]))
-    anneal = next(planned for planned in chain if planned.ref == StageRef(1, "anneal"))
-    assert anneal.inputs == {"data": StageRef(0, "data"), "checkpoint": StageRef(0, "rmt")}
 
 
 def test_a_run_does_every_stage_once_and_a_second_start_does_nothing(recipe, capfd):
@@ -193,7 +166,7 @@ def test_a_damaged_input_checkpoint_is_refused_with_the_folder_to_delete(recipe)
 
 
 def test_a_replaced_outside_checkpoint_redoes_what_was_made_from_it(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("nemo_rmt.preflight._check_tokenizer_and_checkpoints", lambda recipe: 512)
+    monkeypatch.setattr("nemo_rmt.preflight.input_checks", lambda recipe, **_: [])
     recipe.pretrain.checkpoint = str(write_checkpoint(tmp_path / "outside", recipe.model.model_dump()))
     one = changed(recipe, iterations=1)
     assert run_flywheel(one, command=fake) == 0

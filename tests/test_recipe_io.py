@@ -48,6 +48,8 @@ def test_without_a_name_every_key_has_its_default():
         ("data.corpora.1.weight=2", lambda r: r.data.corpora[1].weight == 2.0),
         ("anneal.optim.lr=3e-4", lambda r: r.anneal.optim.lr == 3e-4),
         ("anneal.optim.lr*=0.5", lambda r: r.anneal.optim.lr == TINY.anneal.optim.lr * 0.5),
+        ("anneal.lr*=0.5", lambda r: r.anneal.optim.lr == TINY.anneal.optim.lr * 0.5),
+        ("rmt.warmup_steps=7", lambda r: r.rmt.optim.warmup_steps == 7),
         ("anneal.steps*=0.1", lambda r: r.anneal.steps == TINY.anneal.steps // 10),
         ("iterations+=1", lambda r: r.iterations == 3),
         ("evaluate.tier_edges=[0.25, 1]", lambda r: r.evaluate.tier_edges == (0.25, 1.0)),

@@ -80,6 +80,8 @@ class Anneal(Stage):
 
     enabled: bool = True
     """Whether the flywheel has this stage."""
+    resume_optimizer: bool = True
+    """Go on with the checkpoint's optimizer states; false: begin with fresh ones (imported weights have none)."""
     objective: Literal["uniform", "remit"] = "remit"
     """Loss. Iteration 0 is uniform unless remit.reference is a checkpoint."""
     remit: ReMiT = ReMiT()

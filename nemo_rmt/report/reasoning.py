@@ -52,10 +52,16 @@ class Reasoning:
         return self.thought.value / self.format_rate if self.format_rate else None
 
 
+def start_model(metrics: Mapping[str, float]) -> str:
+    """The model RMT started from: the annealed one, or without an anneal the pre-trained one."""
+    return "anneal" if any(name.startswith("anneal/") for name in metrics) else "pretrain"
+
+
 def before_and_after(run: Run, iteration: int) -> dict[str, tuple[Reasoning, Reasoning]]:
-    """The annealed model and RMT's by tier, where both were measured."""
+    """The model RMT started from and RMT's by tier, where both were measured."""
     metrics = run.stage(iteration, "evaluate").metrics
-    pairs = {tier: (Reasoning.read(metrics, "anneal", tier), Reasoning.read(metrics, "rmt", tier)) for tier in TIERS}
+    start = start_model(metrics)
+    pairs = {tier: (Reasoning.read(metrics, start, tier), Reasoning.read(metrics, "rmt", tier)) for tier in TIERS}
     return {tier: pair for tier, pair in pairs.items() if None not in pair}
 
 

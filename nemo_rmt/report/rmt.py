@@ -10,7 +10,7 @@ from matplotlib.figure import Figure as Canvas
 
 from nemo_rmt.report.drawing import STAGE_COLORS, STYLE, Figure, as_figure, curve, thin
 from nemo_rmt.report.estimates import Estimate
-from nemo_rmt.report.reasoning import TIERS, Reasoning, ThoughtLength, before_and_after
+from nemo_rmt.report.reasoning import TIERS, Reasoning, ThoughtLength, before_and_after, start_model
 from nemo_rmt.report.run import Run, StageRecord
 from nemo_rmt.report.tables import MODEL_NAMES, MODELS, Table, share
 
@@ -186,15 +186,16 @@ def _up(measured: Estimate) -> float:
 
 
 def accuracy_card(run: Run, iteration: int) -> Card | None:
-    """The annealed model and those after it on the same positions, hardest tier first; None without RMT's."""
+    """The model RMT starts from and those after it on the same positions, hardest tier first; None without RMT's."""
     stage = run.stage(iteration, "evaluate")
     if not before_and_after(run, iteration):
         return None
     names, rows, positions = dict(MODEL_NAMES), [], []
     if run.stage(iteration, "rmt").is_rmt_baseline:
         names["rmt"] = "after next-token prediction"
+    models = MODELS[MODELS.index(start_model(stage.metrics)) :]
     for tier in reversed(TIERS):
-        measured = {model: Reasoning.read(stage.metrics, model, tier) for model in MODELS if model != "pretrain"}
+        measured = {model: Reasoning.read(stage.metrics, model, tier) for model in models}
         measured = {model: reasoning for model, reasoning in measured.items() if reasoning is not None}
         for model, reasoning in measured.items():
             rows.append([f"{tier}: {names[model]}", *_cells(reasoning)])

@@ -16,6 +16,8 @@ from nemo_rmt.tracking import read_metrics
 
 CHAIN = ("data", "pretrain", "anneal", "rmt", "sft", "rl", "evaluate")
 TRAINING = ("pretrain", "anneal", "rmt", "sft", "rl")
+OPTIONAL = TRAINING[1:]
+MEASURED = ("lm/", "tokens/", "tasks/")
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class StageRecord:
 
     folder: relative to the run. status: pending, running, done or failed as in state.json; "no result" for a stage
     that is done but has no readable result.json. result: result.json, {} unless done. steps: metrics.jsonl.
-    planned_steps: of the recipe, None for data and evaluate.
+    planned_steps: of the recipe, None for data and evaluate. final_model: the iteration's last stage, whose figures
+    evaluate's result.json gives without a prefix.
     """
 
     iteration: int
@@ -34,12 +37,15 @@ class StageRecord:
     result: dict[str, Any] = field(default_factory=dict)
     steps: list[dict[str, Any]] = field(default_factory=list)
     planned_steps: int | None = None
+    final_model: str = "rl"
 
     @property
     def metrics(self) -> dict[str, float]:
-        """result.json's metrics that are finite numbers."""
-        metrics = self.result.get("metrics") or {}
-        return {name: float(value) for name, value in metrics.items() if _is_number(value)}
+        """result.json's metrics that are finite numbers; without a prefix are those of the RL model alone."""
+        metrics = {k: float(v) for k, v in (self.result.get("metrics") or {}).items() if _is_number(v)}
+        if self.name != "evaluate" or self.final_model == "rl":
+            return metrics
+        return {f"{self.final_model}/{k}" if _is_of_a_model(k) else k: v for k, v in metrics.items()}
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric, where it was logged and finite."""
@@ -149,10 +155,13 @@ def _planned(recipe: dict[str, Any], iteration: int) -> tuple[str, ...]:
     left_out = {"data", "pretrain"} if iteration else set()
     if (recipe.get("pretrain") or {}).get("checkpoint"):
         left_out.add("pretrain")
-    # The recipe of a run from before RMT has no such section.
-    if not (recipe.get("rmt") or {"enabled": False}).get("enabled", True):
-        left_out.add("rmt")
+    left_out |= {name for name in OPTIONAL if not _enabled(recipe, name)}
     return tuple(name for name in CHAIN if name not in left_out)
+
+
+def _enabled(recipe: dict[str, Any], name: str) -> bool:
+    """Whether the recipe has one of the stages that can be left out. That of a run from before RMT has no rmt."""
+    return bool((recipe.get(name) or {"enabled": name != "rmt"}).get("enabled", True))
 
 
 def _load_stage(run: Path, recipe: dict[str, Any], iteration: int, name: str, state: dict[str, Any]) -> StageRecord:
@@ -164,11 +173,16 @@ def _load_stage(run: Path, recipe: dict[str, Any], iteration: int, name: str, st
         status = "no result"
     planned = (recipe.get(name) or {}).get("steps") if name in TRAINING else None
     steps = read_metrics(run / folder / "metrics.jsonl")
-    return StageRecord(iteration, name, folder, status, result, steps, planned)
+    final = [stage for stage in OPTIONAL if _enabled(recipe, stage)] or ["rl"]
+    return StageRecord(iteration, name, folder, status, result, steps, planned, final[-1])
 
 
 def _folder(iteration: int, name: str) -> str:
     return f"iteration_{iteration:03d}/{name}"
+
+
+def _is_of_a_model(metric: str) -> bool:
+    return metric.startswith(MEASURED) and not metric.endswith("/unigram_nll")
 
 
 def _is_number(value: Any) -> bool:

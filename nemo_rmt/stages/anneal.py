@@ -36,7 +36,7 @@ def remit_objective(settings: ReMiT):
 
 
 def run(session: Session) -> None:
-    """Anneal from the given checkpoint, its optimizer state included. ReMiT needs the input ``reference``."""
+    """Anneal from the given checkpoint. ReMiT needs the input ``reference``."""
     settings, recipe = session.settings, session.recipe
     start = session.require_input("checkpoint")
     weighted = settings.objective == "remit"
@@ -49,7 +49,7 @@ def run(session: Session) -> None:
         if settings.remit.gap_model == "frozen":
             scorers["frozen_logprobs"] = session.frozen_model(start)
     objective = remit_objective(settings.remit) if weighted else next_token
-    training = Training(session, start, with_optimizer=True)
+    training = Training(session, start, with_optimizer=settings.resume_optimizer)
     for step in training.steps():
         batch = batch_of(step)
         for name, model in scorers.items():

@@ -60,7 +60,7 @@ def evaluation(iteration, skills, before, after, models):
     for (number, model), sets in skills.items():
         if number != iteration or model not in models:
             continue
-        prefix = "" if model == "rl" else f"{model}/"
+        prefix = "" if model == [name for name in models if name != "evaluate"][-1] else f"{model}/"
         if "rmt" in models:
             is_before = model in ("pretrain", "anneal")
             metrics |= reasoning(prefix, before if is_before else after, 0.6 if is_before else 0.98)
@@ -162,7 +162,7 @@ def make_run(folder, *, skills=SKILLS, before=BEFORE_RMT, after=AFTER_RMT, chang
         "rl": {"steps": 60},
     } | (changes or {})
     recipe = Recipe.model_validate(recipe).model_dump(mode="json")
-    later = [name for name in LATER if name != "rmt" or recipe["rmt"]["enabled"]]
+    later = [name for name in LATER if recipe[name].get("enabled", True)]
     folder.mkdir(parents=True)
     (folder / "flywheel.yaml").write_text(yaml.safe_dump(recipe))
     state = {"recipe": "0" * 64, "iterations": []}

@@ -17,7 +17,8 @@ import yaml
 from nemo_rmt.report import figures, write_report
 from nemo_rmt.report.drawing import STYLE
 from nemo_rmt.report.findings import all_findings
-from nemo_rmt.report.rmt import section
+from nemo_rmt.report.reasoning import before_and_after
+from nemo_rmt.report.rmt import accuracy_card, section
 from nemo_rmt.report.run import Run
 
 RMT = {"steps": 100, "document_length": 128}
@@ -192,6 +193,18 @@ def test_a_run_without_rmt_does_not_wait_for_it(make_a_run):
     summary = json.loads((run / "report" / "summary.json").read_text())
     assert summary["status"] == "done" and "rmt" not in summary["iterations"][0]["stages"]
     assert findings == {} and "<h2>RMT</h2>" not in page
+
+
+def test_a_run_of_rmt_alone_compares_it_with_the_model_it_started_from(make_a_run):
+    left_out = {name: {"enabled": False} for name in ("anneal", "sft", "rl")}
+    folder = make_a_run(changes={**left_out, "iterations": 1})
+    run = Run.load(folder)
+    assert [stage.name for stage in run.stages if stage.iteration == 0] == ["data", "pretrain", "rmt", "evaluate"]
+    before, after = before_and_after(run, 0)["hard"]
+    assert (before.thought.value, after.thought.value) == (0.12, 0.46)
+    names = [row[0] for row in accuracy_card(run, 0).table.rows]
+    assert names == [f"{tier}: {name}" for tier in ("hard", "medium", "easy") for name in ("pre-trained", "after RMT")]
+    assert "after RL" not in write_report(folder).read_text()
 
 
 def test_a_recipe_from_before_rmt_has_none(make_a_run):

@@ -1,0 +1,67 @@
+"""Which stages a recipe asks for, and what each one reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_rmt.chain import StageRef, plan_chain
+from nemo_rmt.errors import UserError
+from nemo_rmt.recipe_io import load_recipe
+
+
+def test_iteration_0_pretrains_and_anneals_uniformly_and_later_ones_are_guided_by_the_rl_model_before():
+    chain = {str(planned.ref): planned for planned in plan_chain(load_recipe("tiny", [], ["iterations=3"]))}
+    later = ["anneal", "rmt", "sft", "rl", "evaluate"]
+    assert [name.split()[-1] for name in chain] == ["data", "pretrain", *later, *later, *later]
+    assert "reference" not in chain["iteration 0 anneal"].inputs
+    assert chain["iteration 2 anneal"].inputs == {
+        "data": StageRef(0, "data"),
+        "checkpoint": StageRef(0, "pretrain"),
+        "reference": StageRef(1, "rl"),
+    }
+    assert list(chain["iteration 0 evaluate"].inputs) == ["data", "pretrain", "anneal", "rmt", "sft", "rl"]
+    assert list(chain["iteration 1 evaluate"].inputs) == ["data", "anneal", "rmt", "sft", "rl"]
+
+
+def test_a_given_checkpoint_replaces_pretraining_and_a_given_reference_guides_iteration_0():
+    overrides = ["pretrain.checkpoint=/c", "anneal.remit.reference=/r", "iterations=1"]
+    data, anneal, *_, evaluate = plan_chain(load_recipe("tiny", [], overrides))
+    assert (data.ref.stage, anneal.ref.stage) == ("data", "anneal")
+    assert (anneal.inputs["checkpoint"], anneal.inputs["reference"]) == (Path("/c"), Path("/r"))
+    assert "pretrain" not in evaluate.inputs
+
+
+def test_start_from_previous_continues_the_last_base():
+    chain = plan_chain(load_recipe("tiny", [], ["flywheel.start_from=previous", "anneal.objective=uniform"]))
+    anneal = next(planned for planned in chain if planned.ref == StageRef(1, "anneal"))
+    assert anneal.inputs == {"data": StageRef(0, "data"), "checkpoint": StageRef(0, "rmt")}
+
+
+def test_stages_that_are_not_enabled_are_left_out_and_the_next_starts_from_what_the_last_one_made():
+    overrides = ["anneal.enabled=false", "sft.enabled=false", "pretrain.checkpoint=/c", "iterations=1"]
+    data, rmt, rl, evaluate = plan_chain(load_recipe("tiny", [], overrides))
+    assert rmt.inputs == {"data": data.ref, "checkpoint": Path("/c")}
+    assert rl.inputs == {"data": data.ref, "checkpoint": rmt.ref}
+    # without an anneal the base itself is measured, to compare with
+    assert evaluate.inputs == {"data": data.ref, "pretrain": Path("/c"), "rmt": rmt.ref, "rl": rl.ref}
+
+
+def test_without_rmt_the_next_iteration_continues_from_the_anneal():
+    overrides = ["rmt.enabled=false", "flywheel.start_from=previous"]
+    chain = {str(planned.ref): planned for planned in plan_chain(load_recipe("tiny", [], overrides))}
+    assert chain["iteration 0 sft"].inputs["checkpoint"] == StageRef(0, "anneal")
+    assert chain["iteration 1 anneal"].inputs["checkpoint"] == StageRef(0, "anneal")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([f"{stage}.enabled=false" for stage in ("anneal", "rmt", "sft", "rl")], "all disabled"),
+        (["rl.enabled=false"], "anneal.remit.reference=previous"),
+    ],
+)
+def test_a_chain_that_cannot_be_is_refused(overrides, words):
+    with pytest.raises(UserError, match=words):
+        load_recipe("tiny", [], overrides)
