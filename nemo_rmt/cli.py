@@ -151,6 +151,7 @@ def _import(args: argparse.Namespace) -> int:
     given = dict(item.split("=", 1) for item in args.items if "=" in item)
     if args.yaml or len(given) < len(args.items) or set(given) - {"precision"} != {"source", "target"}:
         raise UserError("import takes source=HF_FOLDER, target=CHECKPOINT and, if it is not to be bf16, precision=fp32")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a model of any size, one tensor at a time
     from nemo_rmt.megatron.hugging_face import import_checkpoint  # loads torch and Megatron
 
     import_checkpoint(Path(given["source"]), Path(given["target"]), given.get("precision", "bf16"))

@@ -17,6 +17,20 @@ NOT_ARCHITECTURE = {
 """Keys of recipe.model that say how weights are computed or begun, not what they mean."""
 
 
+IMPORTED = "import"
+"""The stage that checkpoints made of published weights name: they hold no optimizer state."""
+
+
+def model_vocab_size(model: Model, tokenizer_size: int) -> int:
+    """Tokens the model predicts over. Raises UserError when they are fewer than the tokenizer's."""
+    if model.vocab_size is not None and model.vocab_size < tokenizer_size:
+        raise UserError(
+            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {tokenizer_size} tokens: set it to "
+            "the published model's, or to null for the tokenizer's"
+        )
+    return model.vocab_size or tokenizer_size
+
+
 def architecture(model: dict[str, Any]) -> dict[str, Any]:
     """The keys of recipe.model that two checkpoints must share; the head size is always given."""
     full = Model(**{key: value for key, value in model.items() if key in Model.model_fields})
@@ -27,11 +41,12 @@ def architecture(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_compatible(
-    folder: Path, model: Model, vocab_size: int, tokenizer: str, key: str = "checkpoint"
+    folder: Path, model: Model, tokenizer_size: int, tokenizer: str, key: str = "checkpoint"
 ) -> CheckpointInfo:
     """Raise UserError unless the checkpoint is complete and fits this architecture, vocabulary and tokenizer.
 
-    tokenizer: the fingerprint of the run's tokenizer. key: what the checkpoint is called in the message.
+    tokenizer_size, tokenizer: number of tokens and fingerprint of the run's tokenizer. key: what the checkpoint is
+    called in the message.
     """
     try:
         info = inspect_checkpoint(folder)
@@ -45,9 +60,11 @@ def require_compatible(
     ]
     if differing:
         raise UserError(f"{key} {folder} has another architecture: {'; '.join(differing)}")
-    if info.vocab_size != vocab_size:
+    if info.vocab_size != (vocab_size := model_vocab_size(model, tokenizer_size)):
         raise UserError(
-            f"{key} {folder} has a vocabulary of {info.vocab_size} tokens, the run's tokenizer has {vocab_size}"
+            f"{key} {folder} has a vocabulary of {info.vocab_size} tokens, the run's model has {vocab_size} "
+            f"(model.vocab_size={model.vocab_size}, the tokenizer has {tokenizer_size})"
+            + (f": set model.vocab_size={info.vocab_size}" if info.vocab_size >= tokenizer_size else "")
         )
     if info.tokenizer != tokenizer:
         raise UserError(

@@ -27,6 +27,10 @@ from nemo_rmt.run_folder import METADATA
 # Optimizer states that load at another tensor, pipeline or data-parallel size.
 RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 
+# Ends the names of Transformer Engine's FP8 scaling factors. Megatron's own layers have the names too, but not all of
+# them and nothing under them.
+SCALING = "_extra_state"
+
 
 class Checkpoints:
     """Saves one stage's training state.
@@ -89,20 +93,25 @@ class Checkpoints:
         """Write the manifest, sync, rename, rotate: on rank 0, while the others wait."""
         dist.barrier()
         if dist.get_rank() == 0:
-            paths = [path for path in sorted(draft.rglob("*")) if path.is_file()]
-            files = {str(path.relative_to(draft)): path.stat().st_size for path in paths}
-            with open(draft / METADATA, "w") as file:
-                json.dump({"format": 1, "step": step, **self.identity, "files": files}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(draft, target)
+            complete_draft(draft, target, {"step": step, **self.identity})
             complete = sorted(path for path in self.folder.glob("step_*") if path.suffix != ".tmp")
             # Later ones were damaged, or this stage would have resumed from them: they must not crowd this one out.
             newest_first = complete[complete.index(target) :: -1]
             for old in set(complete) - set(newest_first[: self.keep]):
                 shutil.rmtree(old)
         dist.barrier()
+
+
+def complete_draft(draft: Path, target: Path, identity: dict[str, Any]) -> None:
+    """Write a draft's manifest, with ``identity`` and all its files, and rename it to ``target``, which it replaces."""
+    paths = [path for path in sorted(draft.rglob("*")) if path.is_file()]
+    files = {str(path.relative_to(draft)): path.stat().st_size for path in paths}
+    with open(draft / METADATA, "w") as file:
+        json.dump({"format": 1, **identity, "files": files}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(draft, target)
 
 
 def model_state(modules: list[LogprobGPT]) -> dict[str, Any]:
@@ -124,17 +133,33 @@ def training_state(model: TrainedModel, *, is_loading: bool = False) -> dict[str
     return state
 
 
+def save_weights(folder: Path, modules: list[LogprobGPT]) -> None:
+    """Write the weights of bare model chunks, and nothing else, into an empty folder."""
+    with redirected(), results_in_process():
+        dist_checkpointing.save(_weights(modules), str(folder))
+
+
 def load_weights(folder: Path, modules: list[LogprobGPT]) -> None:
-    """Load weights into bare model chunks, whatever layout saved them."""
+    """Load weights into bare model chunks, whatever layout and layers saved them."""
     with redirected():
-        state = dist_checkpointing.load(model_state(modules), str(folder), strict="assume_ok_unexpected")
+        state = dist_checkpointing.load(_weights(modules), str(folder), strict="assume_ok_unexpected")
     _fill(modules, state)
 
 
+def _weights(modules: list[LogprobGPT]) -> dict[str, Any]:
+    """The sharded weights without scaling factors."""
+    return {
+        part: {key: tensor for key, tensor in tensors.items() if not key.endswith(SCALING)}
+        for part, tensors in model_state(modules).items()
+    }
+
+
 def _fill(modules: list[LogprobGPT], state: dict[str, Any]) -> None:
-    """Copy loaded weights into the modules."""
+    """Copy loaded weights into the modules. Raises RuntimeError when any is missing, or one too many."""
     for index, module in enumerate(modules):
-        module.load_state_dict(state["model" if len(modules) == 1 else f"model{index}"])
+        tensors = state["model" if len(modules) == 1 else f"model{index}"]
+        absent = {key: None for key in module.state_dict() if key.endswith(SCALING)}
+        module.load_state_dict({**absent, **tensors})
 
 
 def load_training(folder: Path, model: TrainedModel, *, with_schedule: bool) -> dict[str, Any]:

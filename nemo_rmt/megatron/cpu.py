@@ -1,4 +1,4 @@
-"""Megatron-Core 0.16 without a GPU: its CUDA calls land on the CPU. And without Apex or Transformer Engine's Adam.
+"""Megatron-Core 0.15 and 0.16 without a GPU: CUDA calls land on the CPU. And without Apex or Transformer Engine's Adam.
 
 Each of these is dealt with here and nowhere else:
 

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from nemo_rmt.megatron.cache import Caches, caching
-from nemo_rmt.megatron.model import LogprobGPT, without_sequence_parallel
+from nemo_rmt.megatron.model import LogprobGPT, set_for_sampling
 
 # Finished rows leave the batch once they are a quarter of it: moving the caches costs more than a few idle rows.
 KEEP_WHILE_RUNNING = 0.75
@@ -129,12 +129,12 @@ def generate(
 
 @contextlib.contextmanager
 def _inference(chunks: list[LogprobGPT], length: int) -> Iterator[Caches]:
-    """Evaluation mode, no sequence parallelism, a cache in every layer; all undone afterwards."""
+    """Evaluation mode, no sequence parallelism or FP8, a cache in every layer; all undone afterwards."""
     training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
     try:
-        with without_sequence_parallel(chunks), caching(chunks, length) as caches:
+        with set_for_sampling(chunks), caching(chunks, length) as caches:
             yield caches
     finally:
         for chunk, mode in zip(chunks, training, strict=True):

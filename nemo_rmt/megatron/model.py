@@ -3,42 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.enums import AttnBackend
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nemo_rmt.config import Model, Parallel
 from nemo_rmt.errors import UserError
-from nemo_rmt.megatron.attention import MaskedAttention
 from nemo_rmt.megatron.cpu import redirected
 from nemo_rmt.megatron.head import TokenScores, token_scores
+from nemo_rmt.megatron.layers import layer_spec
 
 # Embedding rows are padded to a multiple of this, whatever the layout, so that a checkpoint fits every tensor-parallel
 # size that divides it.
 VOCAB_MULTIPLE = 128
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-class RMSNorm(nn.RMSNorm):
-    """RMSNorm that marks its weight for sequence parallelism (Megatron's WrappedTorchNorm refuses it in 0.16)."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
-        super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel
 
 
 class LogprobGPT(GPTModel):
@@ -119,7 +105,10 @@ def transformer_config(settings: Model, parallel: Parallel) -> TransformerConfig
         num_query_groups=settings.num_query_groups,
         kv_channels=head_dim,
         ffn_hidden_size=settings.ffn_hidden_size,
-        qk_layernorm=settings.qk_norm,
+        # Says that the gradients of these norms' weights are to be summed over tensor-parallel ranks: not where each
+        # rank has its own part of the weights.
+        qk_layernorm=settings.qk_norm and settings.qk_norm_span == "head",
+        no_rope_freq=settings.rope_skip_interval,
         add_qkv_bias=settings.qkv_bias,
         layernorm_epsilon=settings.norm_epsilon,
         init_method_std=settings.init_std,
@@ -154,43 +143,40 @@ def transformer_config(settings: Model, parallel: Parallel) -> TransformerConfig
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
+        **_fp8_options(settings, parallel),
     )
 
 
-def layer_spec(
-    settings: Model, config: TransformerConfig, vp_stage: int | None
-) -> TransformerBlockSubmodules | ModuleSpec:
-    """The layers of one model chunk, with our attention in every one.
+def _fp8_options(settings: Model, parallel: Parallel) -> dict[str, Any]:
+    """Megatron's FP8 keys; none when the recipe does not ask for FP8."""
+    if settings.fp8 is None:
+        return {}
+    first, last = settings.fp8_bf16_layers
+    at_most = settings.num_layers // parallel.pipeline
+    if max(first, last) > at_most:
+        raise UserError(
+            f"model.fp8_bf16_layers={(first, last)}: a pipeline stage has {at_most} layers (model.num_layers="
+            f"{settings.num_layers}, parallel.pipeline={parallel.pipeline}), and all at an end must be in one stage: "
+            "lower fp8_bf16_layers or parallel.pipeline"
+        )
+    return {
+        "fp8": settings.fp8,
+        "fp8_recipe": settings.fp8_recipe,
+        "fp8_amax_history_len": 1024,  # of fp8_recipe=delayed
+        "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": first + last > 0,
+        "num_layers_at_start_in_bf16": first,
+        "num_layers_at_end_in_bf16": last,
+    }
 
-    Raises UserError when Transformer Engine layers are asked for and cannot run here.
+
+def build_model(settings: Model, parallel: Parallel, vocab_size: int, *, initialize: bool = True) -> list[LogprobGPT]:
+    """This process's model chunks (one, or virtual_pipeline of them), on its device, in its precision.
+
+    initialize: draw initial weights. Without, memory as it comes, on one tensor-parallel rank: for weights to be set.
     """
-    if settings.layers == "transformer_engine":
-        require_transformer_engine()
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=settings.qk_norm)
-        spec.submodules.self_attention.submodules.core_attention = MaskedAttention
-        return spec
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=settings.qk_norm)
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
-    attention = spec.submodules.self_attention.submodules
-    attention.core_attention = MaskedAttention
-    if settings.qk_norm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
-
-
-def require_transformer_engine() -> None:
-    """Raise UserError unless a GPU and Transformer Engine are here."""
-    missing = [] if torch.cuda.is_available() else ["a CUDA GPU"]
-    if importlib.util.find_spec("transformer_engine") is None:
-        missing.append("the package transformer_engine")
-    if missing:
-        raise UserError(f"model.layers=transformer_engine needs {' and '.join(missing)}: set model.layers=local")
-
-
-def build_model(settings: Model, parallel: Parallel, vocab_size: int) -> list[LogprobGPT]:
-    """This process's model chunks (one, or virtual_pipeline of them), on its device, in its precision."""
     config = transformer_config(settings, parallel)
+    config.perform_initialization = initialize
     stages = range(parallel.virtual_pipeline) if parallel.virtual_pipeline else [None]
     with redirected():
         chunks = [LogprobGPT(settings, config, vocab_size, stage) for stage in stages]
@@ -198,15 +184,18 @@ def build_model(settings: Model, parallel: Parallel, vocab_size: int) -> list[Lo
 
 
 @contextlib.contextmanager
-def without_sequence_parallel(chunks: list[nn.Module]) -> Iterator[None]:
-    """Switch sequence parallelism off inside the block: single positions cannot be split over ranks."""
+def set_for_sampling(chunks: list[nn.Module]) -> Iterator[None]:
+    """Switch sequence parallelism and FP8 off inside the block: single positions can neither be split over ranks nor
+    make up the 16 tokens of an FP8 product."""
     flags = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
-    owners = [module for chunk in chunks for module in chunk.modules()] + [chunk.config for chunk in chunks]
-    switched = [(owner, flag) for owner in owners for flag in flags if getattr(owner, flag, None) is True]
-    for owner, flag in switched:
-        setattr(owner, flag, False)
+    configs = [chunk.config for chunk in chunks]
+    owners = [*configs, *(module for chunk in chunks for module in chunk.modules())]
+    switched = [(owner, flag, True) for owner in owners for flag in flags if getattr(owner, flag, None) is True]
+    switched += [(config, "fp8", config.fp8) for config in configs]
+    for owner, name, value in switched:
+        setattr(owner, name, False if value is True else None)
     try:
         yield
     finally:
-        for owner, flag in switched:
-            setattr(owner, flag, True)
+        for owner, name, value in switched:
+            setattr(owner, name, value)

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
@@ -172,7 +171,7 @@ class TrainedModel(ScoredModel):
         self.optimizer.zero_grad()
         outputs = self._run(micro_batches, loss, temperature=temperature, with_entropy=with_entropy, forward_only=False)
         metrics = reduce_metrics(outputs)
-        lr = get_canonical_lr_for_logging(self.optimizer.param_groups)
+        lr = self.optimizer.param_groups[0]["lr"]  # all have the same
         if not math.isfinite(metrics.get("loss", 0.0)):
             raise FloatingPointError(f"the loss is {metrics['loss']} at lr {lr}")
         with redirected():

@@ -139,8 +139,8 @@ def score_documents(
         rows = [tokens[starts[index] : starts[index + 1]] for index in documents]
         rows += rows[-1:] * (-len(rows) % layout.pipeline_size)  # a micro-batch for every stage of the pipeline
         examples = [(row, [1.0] * len(row)) for row in rows]
-        multiple = 8 * session.recipe.parallel.tensor
-        batch = TokenBatch.from_examples(examples, session.tokenizer.pad, None, multiple).to(layout.device)
+        batch = TokenBatch.from_examples(examples, session.tokenizer.pad, None, session.width_multiple)
+        batch = batch.to(layout.device)
         found = model.score(batch, len(rows) // layout.pipeline_size, with_entropy=True)
         if found is not None:
             both = zip(documents, found.entropy.cpu().numpy(), found.hits.cpu().numpy())

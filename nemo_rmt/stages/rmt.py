@@ -121,7 +121,7 @@ def pack(session: Session, trees: list[TokenTree]) -> tuple[TokenBatch, dict[str
         )
 
     rows = int(max_over_data_parallel(packed(1).tokens.shape[0]))
-    batch = packed(session.whole_rows(rows, settings.micro_batch_size)).narrowed(8 * parallel.tensor)
+    batch = packed(session.whole_rows(rows, settings.micro_batch_size)).narrowed(session.width_multiple)
     for name in ("advantages", "rollout_logprobs"):  # what a rank without any branch lacks
         batch.extras.setdefault(name, batch.loss_mask.new_zeros(batch.loss_mask.shape))
     responses = sum(any(branch.mask) for piece in pieces for branch in piece.branches)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from nemo_rmt.compatibility import require_compatible
+from nemo_rmt.compatibility import IMPORTED, model_vocab_size, require_compatible
 from nemo_rmt.config import Recipe, Stage
 from nemo_rmt.data.batch import TokenBatch
 from nemo_rmt.data.seeds import derived_seed
@@ -18,7 +18,7 @@ from nemo_rmt.megatron.datasets import TrainingRows, dataset_exists
 from nemo_rmt.megatron.model import build_model
 from nemo_rmt.megatron.runtime import Layout
 from nemo_rmt.megatron.train_step import ScoredModel, TrainedModel
-from nemo_rmt.run_folder import latest_checkpoint, write_json
+from nemo_rmt.run_folder import CheckpointInfo, latest_checkpoint, write_json
 from nemo_rmt.stages.job import StageJob
 from nemo_rmt.tracking import Metrics
 
@@ -38,6 +38,11 @@ class Session:
         self.data_folder = self.require_input("data")
         self.tokenizer = Tokenizer.load(self.data_folder / "tokenizer", self.recipe.tokenizer.chat_template)
         self.tasks: list[TaskFamily] = [make_task(task) for task in self.recipe.data.tasks]
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens the model predicts over."""
+        return model_vocab_size(self.recipe.model, self.tokenizer.vocab_size)
 
     @property
     def settings(self) -> Stage:
@@ -88,10 +93,15 @@ class Session:
             cache=self.folder / "data_index",
         )
 
+    @property
+    def width_multiple(self) -> int:
+        """What the width of padded rows is a multiple of: with FP8 the tokens of each rank are one of 16."""
+        return (8 if self.recipe.model.fp8 is None else 16) * self.recipe.parallel.tensor
+
     def padded_batch(self, examples: list[tuple[list[int], list[float]]], limit: int) -> TokenBatch:
         """Right-padded rows of (tokens, loss mask) pairs on this device, as wide as the longest, at most ``limit``."""
         longest = max(len(tokens) for tokens, _ in examples) - 1
-        multiple = 8 * self.recipe.parallel.tensor
+        multiple = self.width_multiple
         width = limit if longest > limit else min(limit, -(-longest // multiple) * multiple)
         key = f"{self.job.stage}.sequence_length"
         return TokenBatch.from_examples(examples, self.tokenizer.pad, width, key=key).to(self.layout.device)
@@ -99,15 +109,15 @@ class Session:
     def frozen_model(self, checkpoint: Path) -> ScoredModel:
         """A model for forward passes only, in this run's layout."""
         self.require_compatible(checkpoint)
-        chunks = build_model(self.recipe.model, self.recipe.parallel, self.tokenizer.vocab_size)
+        chunks = build_model(self.recipe.model, self.recipe.parallel, self.vocab_size)
         load_weights(checkpoint, chunks)
         for chunk in chunks:
             chunk.requires_grad_(False)
         return ScoredModel(chunks, self.recipe.parallel)
 
-    def require_compatible(self, checkpoint: Path) -> None:
+    def require_compatible(self, checkpoint: Path) -> CheckpointInfo:
         """Raise UserError unless a checkpoint fits this run's architecture and tokenizer."""
-        require_compatible(checkpoint, self.recipe.model, self.tokenizer.vocab_size, self.tokenizer.fingerprint)
+        return require_compatible(checkpoint, self.recipe.model, self.tokenizer.vocab_size, self.tokenizer.fingerprint)
 
     def finish(self, metrics: dict[str, float], *, checkpoint: Path | None, wall_s: float, tokens: int) -> None:
         """Write result.json: the stage is done."""
@@ -134,9 +144,12 @@ class Training:
     ):
         self.session = session
         recipe, self.settings = session.recipe, session.settings
-        if start is not None:
-            session.require_compatible(start)
-        chunks = build_model(recipe.model, recipe.parallel, session.tokenizer.vocab_size)
+        if start is not None and session.require_compatible(start).stage == IMPORTED and with_optimizer:
+            raise UserError(
+                f"checkpoint {start} was imported and has no optimizer state: set "
+                f"{session.job.stage}.resume_optimizer=false"
+            )
+        chunks = build_model(recipe.model, recipe.parallel, session.vocab_size)
         resumed = latest_checkpoint(session.folder)
         if start is not None and resumed is None and not with_optimizer:
             load_weights(start, chunks)  # before the optimizer copies them into its fp32 main parameters
@@ -158,7 +171,7 @@ class Training:
                 "stage": session.job.stage,
                 "iteration": session.job.iteration,
                 "model": recipe.model.model_dump(mode="json"),
-                "vocab_size": session.tokenizer.vocab_size,
+                "vocab_size": session.vocab_size,
                 "tokenizer": session.tokenizer.fingerprint,
             },
         )

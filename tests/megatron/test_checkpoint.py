@@ -167,7 +167,9 @@ def test_weights_alone_load_into_a_bare_model(stage):
     [
         ({"tie_embeddings": False}, VOCAB, TOKENIZER, "model.tie_embeddings is True in the checkpoint, False in"),
         ({"num_layers": 4, "qk_norm": True}, VOCAB, TOKENIZER, "model.num_layers is 2 .*model.qk_norm is False"),
-        ({}, VOCAB + 1, TOKENIZER, "vocabulary of 300 tokens, the run's tokenizer has 301"),
+        ({}, VOCAB + 1, TOKENIZER, "vocabulary of 300 tokens, the run's model has 301 .model.vocab_size=None"),
+        ({"vocab_size": 320}, VOCAB, TOKENIZER, "vocabulary of 300 tokens, the run's model has 320.*vocab_size=300$"),
+        ({"vocab_size": 200}, VOCAB, TOKENIZER, "model.vocab_size=200 is smaller than the tokenizer's 300 tokens"),
         ({}, VOCAB, "e" * 64, "another tokenizer"),
     ],
 )
