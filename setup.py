@@ -27,6 +27,7 @@ setup(
         "pydantic>=2.7",
         "pyyaml>=6.0",
         "tokenizers>=0.20",
+        "safetensors>=0.4",
         "jinja2>=3.1",
         "rich>=13.0",
         "matplotlib>=3.8",

@@ -28,11 +28,34 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+class Starter:
+    """How commands start stages: one after the other, on this machine. ``nemo rmt`` has another."""
+
+    def run_flywheel(self, recipe: Recipe, *, dry_run: bool) -> int:
+        """Every stage of the recipe; returns as nemo_rmt.flywheel.run_flywheel does."""
+        from nemo_rmt.flywheel import run_flywheel
+
+        return run_flywheel(recipe, dry_run=dry_run)
+
+    def run_one_stage(self, recipe: Recipe, stage: str, iteration: int, *, download: bool = False) -> int:
+        """One stage of the recipe."""
+        from nemo_rmt.flywheel import run_one_stage
+
+        return run_one_stage(recipe, stage, iteration, download=download)
+
+    def run_stage_file(self, path: Path) -> int:
+        """A saved stage.yaml."""
+        from nemo_rmt.lone_stage import run_stage_file
+
+        return run_stage_file(path)
+
+
+def main(argv: list[str] | None = None, starter: Starter | None = None) -> int:
+    """Run one command and return its exit code. ``starter``: what starts its stages, if it has any."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         args = _parse(sys.argv[1:] if argv is None else argv)
+        args.starter = starter or Starter()
         return args.run(args)
     except UserError as error:
         print(f"nemo-rmt: error: {error}", file=sys.stderr)
@@ -112,33 +135,27 @@ def _recipe(args: argparse.Namespace, items: list[str]) -> Recipe:
 
 
 def _flywheel(args: argparse.Namespace) -> int:
-    from nemo_rmt.flywheel import run_flywheel
-
-    return run_flywheel(_recipe(args, args.items), dry_run=args.dry_run)
+    return args.starter.run_flywheel(_recipe(args, args.items), dry_run=args.dry_run)
 
 
 def _stage(args: argparse.Namespace) -> int:
-    from nemo_rmt.flywheel import run_one_stage
-    from nemo_rmt.lone_stage import run_stage_file
-
     if not args.items:
         raise UserError("name a stage (nemo-rmt stage anneal tiny --iteration 1) or give a stage.yaml")
     first, *items = args.items
     if first.endswith((".yaml", ".yml")):
         if items or args.yaml:
             raise UserError(f"{first} is complete: it takes no recipe and no overrides")
-        return run_stage_file(Path(first))
-    return run_one_stage(_recipe(args, items), first, args.iteration)
+        return args.starter.run_stage_file(Path(first))
+    return args.starter.run_one_stage(_recipe(args, items), first, args.iteration)
 
 
 def _data(args: argparse.Namespace) -> int:
     from nemo_rmt.data.tables import DOWNLOAD_VARIABLE
-    from nemo_rmt.flywheel import run_one_stage
 
     if args.items[:1] != ["build"]:
         raise UserError(f"data takes build, got {' '.join(args.items) or 'nothing'}: nemo-rmt data build tiny")
     os.environ[DOWNLOAD_VARIABLE] = "1"  # the stage's process inherits it
-    return run_one_stage(_recipe(args, args.items[1:]), "data", 0, download=True)
+    return args.starter.run_one_stage(_recipe(args, args.items[1:]), "data", 0, download=True)
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -159,10 +176,10 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from nemo_rmt.flywheel import run_one_stage
-
     recipe = _recipe(args, args.items)
-    return run_one_stage(recipe, "evaluate", recipe.iterations - 1 if args.iteration is None else args.iteration)
+    return args.starter.run_one_stage(
+        recipe, "evaluate", recipe.iterations - 1 if args.iteration is None else args.iteration
+    )
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -27,7 +27,7 @@ from nemo_rmt.recipe_io import resolved_yaml
 from nemo_rmt.run_folder import METADATA, RunFolder, State, inspect_checkpoint, write_text
 from nemo_rmt.stages.job import StageJob
 
-__all__ = ["FlywheelRun", "PlannedStage", "StageRef", "plan_chain", "run_flywheel", "run_one_stage"]
+__all__ = ["FlywheelRun", "PlannedStage", "StageRef", "find_stage", "plan_chain", "run_flywheel", "run_one_stage"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +58,18 @@ def run_one_stage(
 
     download: the data stage may fetch what the recipe names from the Hugging Face hub.
     """
-    chain = {planned.ref: planned for planned in plan_chain(recipe)}
-    target = StageRef(iteration, stage)
-    if target not in chain:
+    target = find_stage(recipe, stage, iteration)
+    return _locked(recipe, RunFolder(Path(recipe.run_dir)), command, target, download=download)
+
+
+def find_stage(recipe: Recipe, stage: str, iteration: int) -> StageRef:
+    """A stage of the recipe's chain. Raises UserError when it has none of that name in that iteration."""
+    chain = [planned.ref for planned in plan_chain(recipe)]
+    if (target := StageRef(iteration, stage)) not in chain:
         raise UserError(
             f"the recipe has no stage {stage} in iteration {iteration}; it has: {', '.join(map(str, chain))}"
         )
-    return _locked(recipe, RunFolder(Path(recipe.run_dir)), command, target, download=download)
+    return target
 
 
 def _locked(recipe: Recipe, run: RunFolder, command: Command, only: StageRef | None, *, download: bool = False) -> int:
@@ -132,18 +137,21 @@ class FlywheelRun:
         if self.is_done(ref):
             print(f"{ref} is done; delete {self.folder(ref)} to run it again")
             return 0
-        planned = self.chain[ref]
+        self.require_inputs(ref)
+        self.begin()
+        return self.run_stage(self.chain[ref])
+
+    def require_inputs(self, ref: StageRef) -> None:
+        """Raise UserError when an input of a stage is not done."""
         missing = [
             str(source)
-            for source in planned.inputs.values()
+            for source in self.chain[ref].inputs.values()
             if isinstance(source, StageRef) and not self.is_done(source)
         ]
         if missing:
             raise UserError(
                 f"{ref} needs stages that are not done: {', '.join(missing)}. Run those first, or nemo-rmt flywheel"
             )
-        self.begin()
-        return self.run_stage(planned)
 
     def folder(self, ref: StageRef) -> Path:
         """The stage's folder."""

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 from nemo_rmt.chain import fixed_differences, plan_chain, recipe_digest
-from nemo_rmt.config import Recipe
+from nemo_rmt.config import FP8_CAPABILITY, Recipe
 from nemo_rmt.errors import UserError
 from nemo_rmt.plan.inputs import input_checks, tokenizer_size
 from nemo_rmt.plan.parameters import parameter_count
@@ -19,22 +19,23 @@ CHECKPOINT_BYTES_PER_PARAMETER = 16
 """fp32 weights, fp32 master weights and two Adam moments."""
 DATA_BYTES_PER_CHARACTER = 2
 """Token ids of a byte-level vocabulary need fewer; the tokenizer and metrics fit in the rest."""
-FP8_CAPABILITY = {"tensorwise": 8.9, "delayed": 8.9, "blockwise": 9.0}
-"""The compute capability that each of model.fp8_recipe's needs: Ada's, or Hopper's."""
 
 
-def check(recipe: Recipe, run: RunFolder, *, download: bool = False) -> None:
+def check(recipe: Recipe, run: RunFolder, *, download: bool = False, here: bool = True) -> None:
     """Raise UserError for anything that would make a stage fail later; leaves nothing behind.
 
     Checked: the layout fits this machine, data, tasks, tokenizer, checkpoints given from outside, the run
     folder's earlier state, and that it can be written and has room.
     download: only the data stage is to run, in one process, and may fetch what the recipe names from the Hugging
     Face hub: the machines and checkpoints that training needs are not looked at.
+    here: the stages run on this machine; otherwise it is not asked what it has.
     """
     if not download:
+        _check_nodes(recipe)
+        check_lengths(recipe)
+    if here and not download:
         _check_machine(recipe)
         check_accelerator(recipe)
-        check_lengths(recipe)
     state = check_state(recipe, run)
     built = state is not None and state.record(0, "data").status == "done"
     for each in input_checks(recipe, data_built=built, download=download):
@@ -81,13 +82,16 @@ def space_needed(recipe: Recipe, run: RunFolder, vocab_size: int) -> int:
     )
 
 
-def _check_machine(recipe: Recipe) -> None:
-    gpus = gpu_count()
+def _check_nodes(recipe: Recipe) -> None:
     if recipe.cluster.nodes > 1:
         raise UserError(
             f"cluster.nodes={recipe.cluster.nodes}: this version starts stages on one machine only (it has no Slurm "
             "launcher yet): set cluster.nodes=1"
         )
+
+
+def _check_machine(recipe: Recipe) -> None:
+    gpus = gpu_count()
     if gpus and recipe.cluster.gpus_per_node > gpus:
         raise UserError(
             f"cluster.gpus_per_node={recipe.cluster.gpus_per_node}, but this machine has {gpus} visible GPU(s): lower "
@@ -119,15 +123,19 @@ def check_accelerator(recipe: Recipe) -> None:
         )
     if model.fp8 is None:
         return
-    seen, needed = compute_capability(), FP8_CAPABILITY[model.fp8_recipe]
+    seen, needed = compute_capability(), _number(FP8_CAPABILITY[model.fp8_recipe])
     found = recipe.cluster.gpu_compute_capability if seen is None else seen
     if found < needed:
-        blocks = found >= FP8_CAPABILITY["tensorwise"]
+        blocks = found >= _number(FP8_CAPABILITY["tensorwise"])
         which = "cluster.gpu_compute_capability is" if seen is None else "the visible GPU has"
         raise UserError(
             f"model.fp8={model.fp8} with model.fp8_recipe={model.fp8_recipe} needs GPUs of compute capability {needed} "
             f"or more, {which} {found}: set model.{'fp8_recipe=tensorwise' if blocks else 'fp8=null'}"
         )
+
+
+def _number(capability: tuple[int, int]) -> float:
+    return capability[0] + capability[1] / 10
 
 
 def compute_capability() -> float | None:
