@@ -8,6 +8,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from nemo_rmt.config.section import Section
 
+FP8_CAPABILITY = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0)}
+"""Compute capability of the oldest GPUs with each fp8_recipe: Ada's; scaling factors per block need Hopper."""
+
 
 class Model(Section):
     """A dense decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention, no linear biases."""

@@ -154,6 +154,11 @@ class Recipe(Section):
                     f"model.fp8={m.fp8}: model.{key}={getattr(m, key)} over parallel.tensor={tensor} is not a multiple "
                     "of 16: choose another parallel.tensor, or model.fp8=null"
                 )
+        if max(m.fp8_bf16_layers) > m.num_layers // self.parallel.pipeline:
+            raise ValueError(
+                f"model.fp8_bf16_layers={m.fp8_bf16_layers}: those at an end must be in one pipeline stage, which has "
+                f"{m.num_layers // self.parallel.pipeline} layers: lower them or parallel.pipeline"
+            )
         rows = {name: getattr(self, name) for name in (*self.stages, "evaluate")}
         for name, stage in rows.items():
             if stage.micro_batch_size * stage.sequence_length // (tensor if self.parallel.sequence else 1) % 16:

@@ -25,12 +25,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from nemo_rmt.config import Model
+from nemo_rmt.config import FP8_CAPABILITY, Model
 from nemo_rmt.errors import UserError
 from nemo_rmt.megatron.attention import MaskedAttention
-
-# Oldest GPUs with FP8 matrix products: Ada; scaling factors per block need Hopper.
-FP8_CAPABILITY = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0)}
 
 
 class RMSNorm(nn.RMSNorm):

@@ -15,7 +15,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nemo_rmt.config import Model, Parallel
-from nemo_rmt.errors import UserError
 from nemo_rmt.megatron.cpu import redirected
 from nemo_rmt.megatron.head import TokenScores, token_scores
 from nemo_rmt.megatron.layers import layer_spec
@@ -152,13 +151,6 @@ def _fp8_options(settings: Model, parallel: Parallel) -> dict[str, Any]:
     if settings.fp8 is None:
         return {}
     first, last = settings.fp8_bf16_layers
-    at_most = settings.num_layers // parallel.pipeline
-    if max(first, last) > at_most:
-        raise UserError(
-            f"model.fp8_bf16_layers={(first, last)}: a pipeline stage has {at_most} layers (model.num_layers="
-            f"{settings.num_layers}, parallel.pipeline={parallel.pipeline}), and all at an end must be in one stage: "
-            "lower fp8_bf16_layers or parallel.pipeline"
-        )
     return {
         "fp8": settings.fp8,
         "fp8_recipe": settings.fp8_recipe,

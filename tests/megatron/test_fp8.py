@@ -7,9 +7,10 @@ import importlib.util
 import numpy
 import pytest
 import torch
+from pydantic import ValidationError
 from tiny_model import VOCAB, tiny_recipe, world
 
-from nemo_rmt.config import Model, Parallel
+from nemo_rmt.config import Cluster, Model, Parallel, Recipe
 from nemo_rmt.errors import UserError
 from nemo_rmt.megatron.generation import generate
 from nemo_rmt.megatron.layers import require_transformer_engine
@@ -40,8 +41,9 @@ def test_first_and_last_layers_stay_in_bf16_each_number_its_own():
 
 
 def test_more_bf16_layers_at_an_end_than_a_pipeline_stage_has_are_refused():
-    with pytest.raises(UserError, match=r"model.fp8_bf16_layers=\(1, 3\): a pipeline stage has 2 layers.*lower"):
-        transformer_config(fp8_model(num_layers=8, fp8_bf16_layers=(1, 3)), Parallel(pipeline=4))
+    model = fp8_model(num_layers=8, fp8_bf16_layers=(1, 3)).model_dump()
+    with pytest.raises(ValidationError, match=r"model.fp8_bf16_layers=\(1, 3\).*which has 2 layers: lower"):
+        Recipe(model=model, parallel=Parallel(pipeline=4), cluster=Cluster(gpus_per_node=4))
 
 
 @pytest.fixture

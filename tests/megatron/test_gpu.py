@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_recipe import small_recipe
 
-from nemo_rmt.megatron.layers import FP8_CAPABILITY
+from nemo_rmt.config import FP8_CAPABILITY
 from nemo_rmt.stages.job import StageJob
 from nemo_rmt.tracking import read_metrics
 

@@ -9,11 +9,10 @@ from small_recipe import small_recipe
 from tiny_model import VOCAB, world
 
 from nemo_rmt.config import Parallel
-from nemo_rmt.megatron import head, layers, model
+from nemo_rmt.megatron import head, model
 from nemo_rmt.megatron.cpu import redirected
 from nemo_rmt.plan import activations, parameters
 from nemo_rmt.plan.parameters import layer_parameters, padded_rows, parameter_count, rank_parameters
-from nemo_rmt.preflight import FP8_CAPABILITY
 
 PUBLISHED = {
     "olmo2_1b": 1_484_916_736,
@@ -71,4 +70,3 @@ def test_the_ranks_of_a_pipeline_hold_the_model_once_but_for_tied_embeddings(tie
 def test_what_is_said_here_and_in_megatrons_modules_agrees():
     assert parameters.VOCAB_MULTIPLE == model.VOCAB_MULTIPLE
     assert activations.LOGITS_AT_ONCE == head.LOGITS_AT_ONCE
-    assert FP8_CAPABILITY == {name: float(f"{a}.{b}") for name, (a, b) in layers.FP8_CAPABILITY.items()}
