@@ -1,25 +1,49 @@
 # make demo    the tiny recipe through two turns of the flywheel, into runs/demo
 # make test    every test that this machine can run
 # make test-demo    the demo, and what it must show
-# All make .venv first, if it is not there. PYTHON=python3.12 chooses another Python (3.10 to 3.12).
+# make test-nemo    the NeMo 2.7 and nemo_run surfaces, and the core on NeMo's older Megatron-Core
+# make test-bridge    the Megatron-Bridge adapter
+# Each makes its environment first, if it is not there. PYTHON=python3.12 chooses another Python (3.10 to 3.12).
 
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
+NEMO := .venv-nemo
+BRIDGE := .venv-bridge
+PYTEST := -m pytest -q
+QUIET := OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1
 
-.PHONY: demo test test-demo install
+# what the older Megatron-Core could break: model, optimizer, schedules, checkpoints, sampling
+ON_OLDER_MEGATRON := $(addsuffix .py,$(addprefix tests/megatron/test_,\
+	cpu model train_step optimizer checkpoint generation datasets fp8 hugging_face))
+
+.PHONY: demo test test-demo test-nemo test-bridge install
 
 demo: $(INSTALLED)
 	$(VENV)/bin/nemo-rmt flywheel tiny run_dir=runs/demo
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1 $(VENV)/bin/python -m pytest -q
+	$(QUIET) $(VENV)/bin/python $(PYTEST)
 
 test-demo: demo
-	$(VENV)/bin/python -m pytest -q tests/demo/check_demo.py
+	$(VENV)/bin/python $(PYTEST) tests/demo/check_demo.py
+
+test-nemo: $(NEMO)/.installed
+	$(QUIET) $(NEMO)/bin/python $(PYTEST) tests/nemo $(ON_OLDER_MEGATRON)
+
+test-bridge: $(BRIDGE)/.installed
+	$(QUIET) $(BRIDGE)/bin/python $(PYTEST) tests/bridge
 
 install: $(INSTALLED)
 
 $(INSTALLED): setup.py constraints.txt .ci/install
 	.ci/install "$(PYTHON)" "$(VENV)"
+	@touch $@
+
+$(NEMO)/.installed: setup.py .ci/install_nemo
+	.ci/install_nemo "$(PYTHON)" "$(NEMO)"
+	@touch $@
+
+$(BRIDGE)/.installed: $(INSTALLED) .ci/install_bridge
+	.ci/install_bridge "$(VENV)" "$(BRIDGE)"
 	@touch $@

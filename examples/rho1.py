@@ -32,7 +32,8 @@ def selected_tokens(scores: TokenScores, batch: TokenBatch) -> LossOutput:
     excess = batch.extras["reference_logprobs"] - scores.logprobs.detach()
     excess = excess.masked_fill(batch.loss_mask == 0, -torch.inf)
     count = max(1, round(KEEP * batch.loss_mask.sum().item()))
-    selected = (excess >= excess.flatten().topk(count).values[-1]).float() * batch.loss_mask
+    selected = torch.zeros_like(batch.loss_mask)
+    selected.view(-1)[excess.flatten().topk(count).indices] = 1
     output = ntp_loss(scores.logprobs, selected)
     output.metrics["rho1/selected"] = (selected.sum(), batch.loss_mask.sum())
     return output

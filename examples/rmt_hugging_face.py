@@ -15,10 +15,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from nemo_rmt.cli import main as nemo_rmt
-from nemo_rmt.recipe_io import load_recipe, resolved_yaml
+import yaml
 
-ONE_PROCESS = ["cluster.nodes=1", "cluster.gpus_per_node=1", "parallel.tensor=1", "parallel.sequence=false"]
+from nemo_rmt.cli import main as nemo_rmt
 
 
 def main() -> int:
@@ -27,18 +26,22 @@ def main() -> int:
     source, texts, run_dir, *overrides = sys.argv[1:]
     from nemo_rmt.megatron.hugging_face import model_from_config  # loads torch
 
-    model = model_from_config(Path(source))
     checkpoint = Path(run_dir) / "imported"
+    changes = {
+        "name": "rmt_hugging_face",
+        "run_dir": run_dir,
+        "model": {**model_from_config(Path(source)).model_dump(), "precision": "bf16"},
+        "parallel": {"tensor": 1, "sequence": False},
+        "cluster": {"nodes": 1, "gpus_per_node": 1},
+        "tokenizer": {"path": str(checkpoint / "tokenizer")},
+        "data": {"corpora": [{"name": "texts", "kind": "jsonl", "path": texts}]},
+        "pretrain": {"checkpoint": str(checkpoint)},
+    }
     if not checkpoint.exists() and (status := nemo_rmt(["import", f"source={source}", f"target={checkpoint}"])):
         return status
-    recipe = load_recipe("qwen3_14b", [], ONE_PROCESS)
-    recipe.name, recipe.run_dir, recipe.model = "rmt_hugging_face", run_dir, model
-    recipe.pretrain.checkpoint, recipe.tokenizer.path = str(checkpoint), str(checkpoint / "tokenizer")
-    corpus = {"name": "texts", "kind": "jsonl", "path": texts}
-    recipe = recipe.model_validate({**recipe.model_dump(), "data": {"corpora": [corpus]}})
-    saved = Path(run_dir) / "recipe.yaml"
-    saved.write_text(resolved_yaml(recipe, comments=True), encoding="utf-8")
-    words = ["--yaml", str(saved), *overrides]
+    partial = Path(run_dir) / "changes.yaml"
+    partial.write_text(yaml.safe_dump(changes, sort_keys=False), encoding="utf-8")
+    words = ["qwen3_14b", "--yaml", str(partial), *overrides]
     return nemo_rmt(["plan", *words]) or nemo_rmt(["flywheel", *words])
 
 
