@@ -36,11 +36,11 @@ test-bridge: $(BRIDGE)/.installed
 
 install: $(INSTALLED)
 
-$(INSTALLED): setup.py constraints.txt .ci/install
+$(INSTALLED): setup.py constraints.txt .ci/install .ci/venv
 	.ci/install "$(PYTHON)" "$(VENV)"
 	@touch $@
 
-$(NEMO)/.installed: setup.py .ci/install_nemo
+$(NEMO)/.installed: setup.py .ci/install_nemo .ci/venv
 	.ci/install_nemo "$(PYTHON)" "$(NEMO)"
 	@touch $@
 

@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -169,9 +170,12 @@ def _import(args: argparse.Namespace) -> int:
     if args.yaml or len(given) < len(args.items) or set(given) - {"precision"} != {"source", "target"}:
         raise UserError("import takes source=HF_FOLDER, target=CHECKPOINT and, if it is not to be bf16, precision=fp32")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a model of any size, one tensor at a time
-    from nemo_rmt.megatron.hugging_face import import_checkpoint  # loads torch and Megatron
+    logging.disable(logging.INFO)
+    with warnings.catch_warnings():  # Megatron-Core says which optional packages it does without
+        warnings.simplefilter("ignore")
+        from nemo_rmt.megatron.hugging_face import import_checkpoint
 
-    import_checkpoint(Path(given["source"]), Path(given["target"]), given.get("precision", "bf16"))
+        import_checkpoint(Path(given["source"]), Path(given["target"]), given.get("precision", "bf16"))
     return 0
 
 
