@@ -9,6 +9,8 @@ codes. nemo_run's parser would take every word that begins with ``run`` (``run_d
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +28,8 @@ from nemo_rmt.errors import UserError
 from nemo_rmt.flywheel import find_stage
 from nemo_rmt.recipe_io import resolved_yaml
 from nemo_rmt.run_folder import write_text
+
+logger = logging.getLogger(__name__)
 
 STARTING = {
     "flywheel": "Run, or continue, every stage of a recipe.",
@@ -90,6 +94,16 @@ def _register() -> None:
     for name in recipes.names():
         run.cli.factory(partial(_recipe, name), target=Recipe, name=name)
         run.cli.factory(partial(_task, name), target=flywheel, name=name)
+    if importlib.util.find_spec("nemo") is not None:
+        _register_nemo_recipes()
+
+
+def _register_nemo_recipes() -> None:
+    """NeMo's own recipes with a ReMiT stage, for ``nemo llm pretrain``, which imports NeMo for every command anyway."""
+    try:
+        from nemo_rmt.adapters import nemo2  # noqa: F401
+    except ImportError as error:
+        logger.warning("without NeMo 2.7's recipes there are none with a ReMiT stage: %s", error)
 
 
 def _recipe(name: str) -> run.Config[Recipe]:
