@@ -6,7 +6,15 @@ a mix made for it. Ours, because neither gives them for this purpose: which chec
 and RL settings, the tasks, the layout. The mix is Dolmino's without its web part, which is too big to fetch whole:
 FineWeb-Edu's sample of ten billion tokens stands there.
 
-The checkpoint has to be one whose learning rate has not been annealed yet: the last of OLMo 2's first stage.
+The checkpoint has to be one whose learning rate has not been annealed yet: the last of OLMo 2's first stage (a revision
+of allenai/OLMo-2-0425-1B), through nemo-rmt import. Two files are made once, where there is internet:
+
+    from datasets import load_dataset
+    load_dataset("openai/gsm8k", "main", split="train").to_json("data/gsm8k.jsonl")
+    chats = load_dataset("allenai/tulu-3-sft-olmo-2-mixture-0225", split="train")
+    chats.select_columns(["messages"]).to_json("data/sft.jsonl")
+
+and nemo-rmt data build fetches and tokenizes the rest.
 """
 
 from __future__ import annotations

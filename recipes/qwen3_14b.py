@@ -5,6 +5,9 @@ to at least 1, the transition from 30 % to 70 % of the stage, λ 0.1, 8 response
 128, 10 epochs, 16 H100. Ours, because the paper does not give them: everything else, which includes the entropy edges
 of the tiers, their probabilities, the length reward's share, the seed of the split, the layout, and that four positions
 of one document are asked in one step, so that they share its computation.
+
+Where they come from: the weights, Qwen/Qwen3-14B, through nemo-rmt import; the problems, KbsdJames/Omni-MATH, through
+nemo-rmt data build. Both where there is internet: a run does not download.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ more in the decay. Ours: which public data sets stand for these, their shares, t
 settings, the tasks, the layout. Its code is published as identifiers of files only: give a corpus of your own beside
 these.
 
-The checkpoint has to be one from before the decay: SmolLM3 publishes them.
+The checkpoint has to be one from before the decay, of HuggingFaceTB/SmolLM3-3B-checkpoints, through nemo-rmt import.
+data/gsm8k.jsonl and data/sft.jsonl are made as for olmo2_1b (SmolLM3's own chats are HuggingFaceTB/smoltalk2).
 """
 
 from __future__ import annotations
