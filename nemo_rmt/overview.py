@@ -42,7 +42,7 @@ def print_recipes() -> None:
             ", ".join(recipe.stages),
             recipes.summary(name),
         )
-    _console().print(table)
+    wide_console().print(table)
 
 
 def print_chain(recipe: Recipe, run: RunFolder, done: set[StageRef]) -> None:
@@ -60,7 +60,7 @@ def print_chain(recipe: Recipe, run: RunFolder, done: set[StageRef]) -> None:
             _size(stage) if trains else "",
             reads,
         )
-    console = _console()
+    console = wide_console()
     console.print(table)
     base = recipes.build(recipe.name) if recipe.name in recipes.RECIPES else Recipe()
     differences = recipe_differences(base, recipe)
@@ -100,7 +100,7 @@ def print_summary(recipe: Recipe, run: RunFolder) -> None:
             Path(record.checkpoint).name if record.checkpoint else "",
             _headlines(ref, result.get("metrics", {})),
         )
-    console = _console()
+    console = wide_console()
     console.print(table)
     if run.report_path.exists():
         console.print(f"Report: {run.report_path}")
@@ -116,7 +116,7 @@ def _headlines(ref: StageRef, metrics: dict[str, Any]) -> str:
     return "\n".join(shown)
 
 
-def _console() -> Console:
+def wide_console() -> Console:
     """A console that prints text as it is, on one line where nothing is a terminal."""
     console = Console(markup=False, highlight=False, soft_wrap=False)
     if not console.is_terminal:

@@ -9,7 +9,7 @@ from rich.console import Console
 from nemo_rmt.compatibility import model_vocab_size
 from nemo_rmt.config import Recipe
 from nemo_rmt.errors import UserError
-from nemo_rmt.overview import _console
+from nemo_rmt.overview import wide_console
 from nemo_rmt.plan.checks import check_all
 from nemo_rmt.plan.inputs import tokenizer_size
 from nemo_rmt.plan.memory import GIB, STANDING, Memory, available, memory
@@ -29,7 +29,7 @@ def print_plan(recipe: Recipe) -> int:
     found = workloads(recipe)
     memories = {workload: memory(recipe, workload, vocab_size) for workload in found}
     times = {workload: step_time(recipe, workload, vocab_size) for workload in found}
-    console = _console()
+    console = wide_console()
     for line in layout_lines(recipe, vocab_size, memories):
         console.print(line)
     console.print(memory_table(recipe, memories))
