@@ -8,6 +8,12 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from nemo_rmt.config.section import Section
 
+VOCAB_MULTIPLE = 128
+"""Embedding rows are padded to a multiple of this, whatever the layout, so that a checkpoint fits every tensor-parallel
+size that divides it."""
+LOGITS_AT_ONCE = 2**25
+"""Logits that the log-probability head holds at once where logprob_chunk does not say: 128 MiB in fp32, large enough
+for an efficient matrix product at a vocabulary of 150 k (220 tokens), small against the activations of one layer."""
 FP8_CAPABILITY = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0)}
 """Compute capability of the oldest GPUs with each fp8_recipe: Ada's; scaling factors per block need Hopper."""
 

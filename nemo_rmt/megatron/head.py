@@ -16,9 +16,7 @@ from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel.utils import VocabUtility
 from torch import Tensor
 
-# 2**25 fp32 logits are 128 MiB: large enough for an efficient matrix product at a vocabulary of 150 k (220 tokens),
-# small against the activations of one layer.
-LOGITS_AT_ONCE = 2**25
+from nemo_rmt.config import LOGITS_AT_ONCE
 
 
 class TokenScores(NamedTuple):

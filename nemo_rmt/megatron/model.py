@@ -14,14 +14,10 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nemo_rmt.config import Model, Parallel
+from nemo_rmt.config import VOCAB_MULTIPLE, Model, Parallel
 from nemo_rmt.megatron.cpu import redirected
 from nemo_rmt.megatron.head import TokenScores, token_scores
 from nemo_rmt.megatron.layers import layer_spec
-
-# Embedding rows are padded to a multiple of this, whatever the layout, so that a checkpoint fits every tensor-parallel
-# size that divides it.
-VOCAB_MULTIPLE = 128
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

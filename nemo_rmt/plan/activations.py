@@ -7,11 +7,8 @@ both keep more.
 
 from __future__ import annotations
 
-from nemo_rmt.config import Model, Parallel
+from nemo_rmt.config import LOGITS_AT_ONCE, Model, Parallel
 from nemo_rmt.plan.parameters import Widths, padded_rows
-
-LOGITS_AT_ONCE = 2**25
-"""Logits of a chunk of the head, where model.logprob_chunk does not say; the same as nemo_rmt.megatron.head's."""
 
 
 def element_size(model: Model) -> int:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_rmt.config import Model, Parallel, Recipe
-
-VOCAB_MULTIPLE = 128
-"""Embedding rows are padded to a multiple of this; the same as nemo_rmt.megatron.model's."""
+from nemo_rmt.config import VOCAB_MULTIPLE, Model, Parallel, Recipe
 
 
 @dataclass(frozen=True)
