@@ -1,4 +1,4 @@
-"""The run folder: its paths, atomic writes, durable state, complete checkpoints, lock and disk checks.
+"""The run folder: its paths, atomic writes, durable state, lock and disk checks.
 
 Standard library only: the flywheel, the stages and the report all read run folders.
 """
@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-import logging
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -21,12 +19,8 @@ from typing import Any
 
 from nemo_rmt.errors import UserError
 
-logger = logging.getLogger(__name__)
-
 LOCK_WAIT_S = 20.0
 """Seconds a start waits for the workers of a killed one to disappear."""
-METADATA = "manifest.json"
-_STEP = re.compile(r"step_(\d{8})")
 
 
 @dataclass
@@ -43,10 +37,29 @@ class StageRecord:
     """Unix seconds of the end, done or failed."""
     attempts: int = 0
     """Starts that led to the present contents of the stage's folder."""
+    step: int = 0
+    """The checkpoint's step that the latest of them went on from."""
+    fruitless: int = 0
+    """How many starts in a row before it saved no new checkpoint."""
     id: str | None = None
     """Identity of those contents: new whenever the stage begins from nothing."""
     inputs: dict[str, str] = field(default_factory=dict)
     """Identity of each input, by role, that those contents were made from."""
+
+    def fruitless_before(self, step: int, *, attended: bool) -> int:
+        """``fruitless`` of a start from a checkpoint of ``step`` (0: none).
+
+        attended: somebody chose to start it; who starts a failed stage again has seen to it, and the count begins anew.
+        """
+        if self.attempts == 0 or step > self.step or (attended and self.status == "failed"):
+            return 0
+        return self.fruitless + 1
+
+    def begin(self, step: int, *, attended: bool) -> None:
+        """Count a start from a checkpoint of ``step``."""
+        self.fruitless = self.fruitless_before(step, attended=attended)
+        self.status, self.checkpoint, self.finished, self.step = "running", None, None, step
+        self.attempts += 1
 
 
 @dataclass
@@ -150,66 +163,6 @@ class RunFolder:
             os.close(descriptor)
 
 
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """manifest.json of a complete checkpoint."""
-
-    folder: Path
-    stage: str
-    iteration: int
-    step: int
-    model: dict[str, Any]
-    vocab_size: int
-    tokenizer: str
-    """SHA-256 fingerprint of the tokenizer."""
-    files: dict[str, int]
-    """Size in bytes of every file, by name relative to the folder."""
-
-
-def inspect_checkpoint(folder: Path) -> CheckpointInfo:
-    """What a checkpoint says about itself, after comparing its files with its manifest.
-
-    Raises UserError when it is missing, not a checkpoint, or a file is missing or has another size.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"checkpoint {folder} does not exist")
-    try:
-        raw = json.loads((folder / METADATA).read_text())
-        if raw["format"] != 1:
-            raise UserError(f"checkpoint {folder} has format {raw['format']}, this version reads format 1")
-        keys = ("stage", "iteration", "step", "model", "vocab_size", "tokenizer", "files")
-        info = CheckpointInfo(folder, **{key: raw[key] for key in keys})
-    except FileNotFoundError:
-        steps = sorted([*folder.glob("step_*"), *folder.glob("checkpoints/step_*")])
-        hint = f"; it holds checkpoints, give one of them, for example {steps[-1]}" if steps else ""
-        raise UserError(f"{folder} is not a complete checkpoint: it has no {METADATA}{hint}") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"checkpoint {folder} is damaged: cannot read {METADATA} ({error!r})") from None
-    for name, size in info.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"checkpoint {folder} is truncated: {name} is missing")
-        if path.stat().st_size != size:
-            raise UserError(
-                f"checkpoint {folder} is truncated: {name} has {path.stat().st_size} bytes instead of {size}"
-            )
-    return info
-
-
-def latest_checkpoint(stage_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a stage, or None. Damaged ones are passed over with a warning."""
-    folders = [path for path in (Path(stage_dir) / "checkpoints").glob("step_*") if _STEP.fullmatch(path.name)]
-    for folder in sorted(folders, reverse=True):
-        try:
-            inspect_checkpoint(folder)
-        except UserError as error:
-            logger.warning("%s; continuing from the one before", error)
-        else:
-            return folder
-    return None
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically: readers and a crash see the old contents or the new ones, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,11 +177,16 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would outlast a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,26 +1,21 @@
-"""State survives, checkpoints are complete or refused, one process owns a run."""
+"""State survives, writes are whole or not at all, one process owns a run."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
 import time
 
 import pytest
-from fake_checkpoint import write_checkpoint
 
-from nemo_rmt.config import Model
 from nemo_rmt.errors import UserError
 from nemo_rmt.run_folder import (
     RunFolder,
     State,
     check_space,
     check_writable,
-    inspect_checkpoint,
-    latest_checkpoint,
     write_json,
     write_text,
 )
@@ -64,46 +59,6 @@ def test_a_result_counts_only_when_it_says_done(tmp_path, text):
     run.stage_dir(0, "sft").mkdir(parents=True)
     (run.stage_dir(0, "sft") / "result.json").write_text(text)
     assert run.result(0, "sft") is None
-
-
-def test_a_whole_checkpoint_is_described(tmp_path):
-    info = inspect_checkpoint(write_checkpoint(tmp_path / "step_00000040", Model().model_dump()))
-    assert (info.step, info.vocab_size, info.model["num_layers"]) == (40, 512, 4)
-
-
-def test_a_truncated_file_of_a_checkpoint_is_named_with_both_sizes(tmp_path):
-    folder = write_checkpoint(tmp_path / "c", Model().model_dump())
-    (folder / "weights.distcp").write_bytes(b"w" * 10)
-    with pytest.raises(UserError, match="weights.distcp has 10 bytes instead of 1000"):
-        inspect_checkpoint(folder)
-    (folder / "weights.distcp").unlink()
-    with pytest.raises(UserError, match="weights.distcp is missing"):
-        inspect_checkpoint(folder)
-
-
-def test_what_is_no_checkpoint_is_refused_with_a_hint(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        inspect_checkpoint(tmp_path / "nothing")
-    folder = write_checkpoint(tmp_path / "checkpoints" / "step_00000040", Model().model_dump())
-    with pytest.raises(UserError, match="give one of them, for example .*step_00000040"):
-        inspect_checkpoint(tmp_path)
-    (folder / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match="damaged"):
-        inspect_checkpoint(folder)
-
-
-def test_the_latest_checkpoint_is_the_newest_whole_one(tmp_path, caplog):
-    steps = [
-        write_checkpoint(tmp_path / "checkpoints" / f"step_{step:08d}", Model().model_dump(), step=step)
-        for step in (100, 200, 300)
-    ]
-    write_checkpoint(tmp_path / "checkpoints" / "step_00000400.tmp", Model().model_dump(), step=400)
-    assert latest_checkpoint(tmp_path) == steps[2]
-    (steps[2] / "weights.distcp").unlink()
-    with caplog.at_level(logging.WARNING):
-        assert latest_checkpoint(tmp_path) == steps[1]
-    assert "step_00000300" in caplog.text
-    assert latest_checkpoint(tmp_path / "checkpoints") is None
 
 
 def test_a_locked_run_refuses_a_second_start_and_names_the_holder(tmp_path):

@@ -1,15 +1,16 @@
 """Distributed checkpoints: atomic, rotated, loadable at any layout, refused when they do not belong.
 
 A checkpoint is written to ``step_XXXXXXXX.tmp`` by Megatron (every rank its shards), completed by ``manifest.json``,
-which lists its files and their sizes, and renamed: a folder named ``step_XXXXXXXX`` is complete. Reading the manifest
-and finding the latest complete checkpoint needs no torch and lives in ``nemo_rmt.run_folder``.
+which has the size and checksum of each file, and renamed: a folder named ``step_XXXXXXXX`` is complete. Reading the
+manifest needs no torch and lives in ``nemo_rmt.manifest``.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import contextlib
+import logging
 import shutil
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,35 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
+from nemo_rmt import pulse
+from nemo_rmt.errors import UserError
+from nemo_rmt.manifest import (
+    DamagedCheckpoint,
+    FileRecord,
+    fair_shares,
+    inspect_checkpoint,
+    step_folders,
+    verify_files,
+)
 from nemo_rmt.megatron.background import BackgroundWriter, copy_cpu_tensors
 from nemo_rmt.megatron.cpu import redirected, results_in_process
 from nemo_rmt.megatron.model import LogprobGPT
 from nemo_rmt.megatron.optimizer import prepare_for_loading
 from nemo_rmt.megatron.train_step import TrainedModel
-from nemo_rmt.run_folder import METADATA
+from nemo_rmt.megatron.writing import (
+    complete_draft,
+    delete_drafts,
+    failing_together,
+    hash_own,
+    make_empty,
+    on_every_rank,
+    raise_first,
+    rank_0,
+)
+
+logger = logging.getLogger(__name__)
+
+SAVING = "saving a checkpoint"
 
 # Optimizer states that load at another tensor, pipeline or data-parallel size.
 RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -47,71 +71,120 @@ class Checkpoints:
         self.keep = keep
         self.identity = identity
         self.writer = BackgroundWriter() if asynchronous else None
-        if dist.get_rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob("*.tmp"):
-                shutil.rmtree(leftover)
-        dist.barrier()
+        self.deferred: list[OSError] = []
+        rank_0(lambda: folder.mkdir(parents=True, exist_ok=True))
+        rank_0(lambda: delete_drafts(folder))
 
     def save(self, step: int, model: TrainedModel, progress: dict[str, Any]) -> Path:
-        """Save weights, optimizer, schedule, RNG and ``progress`` (what the stage needs to go on: tokens seen, ...)."""
+        """Save weights, optimizer, schedule, RNG and ``progress`` (what the stage needs to go on: tokens seen, ...).
+
+        Raises on every rank when one cannot write, a background save's error at the next call: OSError with the
+        system's reason, or RuntimeError. Earlier checkpoints stay as they are.
+        """
         target = self.folder / f"step_{step:08d}"
         draft = target.with_suffix(".tmp")
-        if self.writer is not None:
-            self.writer.poll(wait=True)
-        if dist.get_rank() == 0:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir()
-        dist.barrier()
-        state = training_state(model)
-        state["progress"] = {"step": step, **progress}
-        state["rng"] = torch.get_rng_state()
-        with redirected():
+        pulse.tick(SAVING)
+        with self._leaving_no_draft(), redirected():
+            if self.writer is not None:
+                self.writer.poll(wait=True)
+            rank_0(lambda: make_empty(draft))
+            state = training_state(model)
+            state["progress"] = {"step": step, **progress}
+            state["rng"] = torch.get_rng_state()
             if self.writer is None:
                 with results_in_process():
                     dist_checkpointing.save(state, str(draft))
-                self._complete(draft, target, step)
+                self._complete(draft, target, step, {})
             else:
                 copy_cpu_tensors(state)
-                with self.writer.collecting_results():
+                with self.writer.collecting_results() as hashed:
                     request = dist_checkpointing.save(state, str(draft), async_sharded_save=True)
-                request.add_finalize_fn(lambda: self._complete(draft, target, step))
-                self.writer.schedule(request)
+                request.add_finalize_fn(lambda: self._complete(draft, target, step, hashed))
+                self.writer.schedule(request, hashed)
+        pulse.tick()
         return target
 
     def poll(self) -> None:
         """Let a background save complete if it is ready; call once a step."""
         if self.writer is not None:
-            self.writer.poll(wait=False)
+            with self._leaving_no_draft():
+                self.writer.poll(wait=False)
 
     def finish(self) -> None:
         """Wait for background saves and end their process."""
         if self.writer is not None:
-            self.writer.close()
+            pulse.tick(SAVING)
+            with self._leaving_no_draft():
+                self.writer.close()
+            pulse.tick()
 
-    def _complete(self, draft: Path, target: Path, step: int) -> None:
-        """Write the manifest, sync, rename, rotate: on rank 0, while the others wait."""
-        dist.barrier()
+    @contextlib.contextmanager
+    def _leaving_no_draft(self) -> Iterator[None]:
+        """A block that writes. When it fails the drafts are deleted: what else is to be noted may need their room."""
+        try:
+            with failing_together(self.deferred):
+                yield
+        except Exception:
+            if self.writer is not None:
+                self.writer.abort()
+            if dist.get_rank() == 0:
+                delete_drafts(self.folder)
+            raise
+
+    def _complete(self, draft: Path, target: Path, step: int, hashed: MutableMapping[str, FileRecord]) -> None:
+        """Hash the shards that are not in ``hashed``; then, on rank 0, write the manifest, rename and rotate."""
+        rank_0(lambda: raise_first(self.deferred))
+        parts = on_every_rank(lambda: hash_own(draft, hashed))
+        shards = {name: record for part in parts for name, record in part.items()}
+        rank_0(lambda: self._complete_and_rotate(draft, target, step, shards))
+
+    def _complete_and_rotate(self, draft: Path, target: Path, step: int, shards: dict[str, FileRecord]) -> None:
+        complete_draft(draft, target, {"step": step, **self.identity}, shards)
+        complete = sorted(path for path in self.folder.glob("step_*") if path.suffix != ".tmp")
+        # Later ones were damaged, or this stage would have resumed from them: they must not crowd this one out.
+        newest_first = complete[complete.index(target) :: -1]
+        for old in set(complete) - set(newest_first[: self.keep]):
+            shutil.rmtree(old)
+
+
+def sound_checkpoint(stage_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a stage whose sizes and checksums hold, or None; the same on every rank.
+
+    Collective: the ranks share the reading. Damaged ones are passed over with a warning. Raises UserError on every
+    rank when one has another format.
+    """
+    folders = [step_folders(stage_dir)]
+    dist.broadcast_object_list(folders, src=0)  # a shared file system may show them to one node before another
+    for folder in folders[0]:
+        if (damage := _damage(folder)) is None:
+            return folder
         if dist.get_rank() == 0:
-            complete_draft(draft, target, {"step": step, **self.identity})
-            complete = sorted(path for path in self.folder.glob("step_*") if path.suffix != ".tmp")
-            # Later ones were damaged, or this stage would have resumed from them: they must not crowd this one out.
-            newest_first = complete[complete.index(target) :: -1]
-            for old in set(complete) - set(newest_first[: self.keep]):
-                shutil.rmtree(old)
-        dist.barrier()
+            logger.warning("%s; passing over it", damage)
+    return None
 
 
-def complete_draft(draft: Path, target: Path, identity: dict[str, Any]) -> None:
-    """Write a draft's manifest, with ``identity`` and all its files, and rename it to ``target``, which it replaces."""
-    paths = [path for path in sorted(draft.rglob("*")) if path.is_file()]
-    files = {str(path.relative_to(draft)): path.stat().st_size for path in paths}
-    with open(draft / METADATA, "w") as file:
-        json.dump({"format": 1, **identity, "files": files}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(draft, target)
+def require_sound(folder: Path) -> None:
+    """Raise UserError on every rank unless a checkpoint's sizes and checksums hold. Collective, as above."""
+    if (damage := _damage(folder)) is not None:
+        raise UserError(f"{damage}: put a copy that is whole in its place, or delete it and make it again")
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, found together. Raises UserError when it is none that can be damaged."""
+    pulse.tick("verifying a checkpoint")
+    complaint, damaged = None, True
+    try:
+        info = inspect_checkpoint(folder)
+        sizes = {name: record.bytes for name, record in info.files.items()}
+        verify_files(info, fair_shares(sizes, dist.get_world_size())[dist.get_rank()])
+    except UserError as error:
+        complaint, damaged = str(error), isinstance(error, DamagedCheckpoint)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (complaint, damaged))
+    complaint, damaged = next((each for each in found if each[0] is not None), (None, True))
+    if not damaged:
+        raise UserError(complaint)
+    return complaint
 
 
 def model_state(modules: list[LogprobGPT]) -> dict[str, Any]:

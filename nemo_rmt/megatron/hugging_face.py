@@ -16,9 +16,10 @@ from nemo_rmt.compatibility import IMPORTED, model_vocab_size
 from nemo_rmt.config import Model, Parallel
 from nemo_rmt.data.tokenizer import Tokenizer
 from nemo_rmt.errors import UserError
-from nemo_rmt.megatron.checkpoint import complete_draft, save_weights
+from nemo_rmt.megatron.checkpoint import save_weights
 from nemo_rmt.megatron.model import LogprobGPT, build_model
 from nemo_rmt.megatron.runtime import distributed
+from nemo_rmt.megatron.writing import complete_draft
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {},
@@ -235,5 +236,5 @@ def import_checkpoint(source: Path, target: Path, precision: str) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copy(source / name, draft / "tokenizer" / name)
-    complete_draft(draft, target, identity)
+    complete_draft(draft, target, identity, {})
     print(f"wrote {target}: set pretrain.checkpoint={target} and tokenizer.path={target / 'tokenizer'}")

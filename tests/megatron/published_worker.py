@@ -16,12 +16,12 @@ import torch
 
 from nemo_rmt.config import Model, Optim, Parallel
 from nemo_rmt.data.batch import TokenBatch
+from nemo_rmt.manifest import inspect_checkpoint
 from nemo_rmt.megatron.checkpoint import Checkpoints, load_training, load_weights
 from nemo_rmt.megatron.generation import generate
 from nemo_rmt.megatron.model import build_model
 from nemo_rmt.megatron.runtime import broadcast_from_last_stage, distributed
 from nemo_rmt.megatron.train_step import TrainedModel
-from nemo_rmt.run_folder import inspect_checkpoint
 from nemo_rmt.stages.pretrain import next_token
 
 PROMPTS = [[11, 12, 13, 14, 15, 16], [21], [31, 32, 33], [41, 42, 43, 44]]

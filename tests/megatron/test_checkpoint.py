@@ -13,9 +13,9 @@ from tiny_model import VOCAB, next_token, random_batch, tiny_recipe, trained, wo
 from nemo_rmt.compatibility import require_compatible
 from nemo_rmt.config import Optim
 from nemo_rmt.errors import UserError
+from nemo_rmt.manifest import inspect_checkpoint, latest_checkpoint
 from nemo_rmt.megatron.checkpoint import Checkpoints, load_training, load_weights
 from nemo_rmt.megatron.model import build_model
-from nemo_rmt.run_folder import inspect_checkpoint, latest_checkpoint
 
 OPTIM = Optim(lr=1e-2, schedule="cosine", warmup_steps=2, weight_decay=0.1)
 TOKENIZER = "f" * 64
@@ -122,13 +122,16 @@ def test_a_damaged_later_checkpoint_does_not_crowd_out_a_new_one(stage):
     assert names(stage) == ["step_00000006"]
 
 
-def killed(*_):
-    raise KeyboardInterrupt
+def killed(source: Path, target: Path) -> None:
+    """Stands in for os.replace: ends where a whole draft would become a checkpoint."""
+    if Path(source).is_dir():
+        raise KeyboardInterrupt
+    Path(source).rename(target)
 
 
 def test_a_save_that_was_killed_before_its_end_is_ignored_and_removed_by_the_next_start(stage, monkeypatch):
     recipe = tiny_recipe()
-    monkeypatch.setattr("nemo_rmt.megatron.checkpoint.os.replace", killed)
+    monkeypatch.setattr("nemo_rmt.megatron.writing.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         checkpoints(stage, recipe).save(8, stepped(recipe), {})
     assert names(stage) == ["step_00000004", "step_00000008.tmp"]

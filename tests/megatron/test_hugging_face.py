@@ -16,13 +16,13 @@ from nemo_rmt import config
 from nemo_rmt.compatibility import require_compatible
 from nemo_rmt.data.tokenizer import Tokenizer, train_tokenizer
 from nemo_rmt.errors import UserError
+from nemo_rmt.manifest import inspect_checkpoint
 from nemo_rmt.megatron.checkpoint import load_weights
 from nemo_rmt.megatron.hugging_face import import_checkpoint, model_from_config
 from nemo_rmt.megatron.model import build_model
 from nemo_rmt.megatron.runtime import distributed
-from nemo_rmt.run_folder import inspect_checkpoint
 from nemo_rmt.stages.job import StageJob
-from nemo_rmt.stages.session import Training
+from nemo_rmt.stages.training import Training
 from nemo_rmt.tracking import read_metrics
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

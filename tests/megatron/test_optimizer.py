@@ -9,8 +9,8 @@ import torch
 from tiny_model import next_token, random_batch, tiny_recipe, trained, world
 
 from nemo_rmt.config import Optim
+from nemo_rmt.manifest import latest_checkpoint
 from nemo_rmt.megatron.checkpoint import Checkpoints, load_training
-from nemo_rmt.run_folder import latest_checkpoint
 
 PEAK, LOWEST = 2e-3, 1e-4
 IDENTITY = {"stage": "pretrain", "iteration": 0, "model": {}, "vocab_size": 300, "tokenizer": "f" * 64}
