@@ -15,7 +15,8 @@ from nemo_rmt.recipe_io import changed_keys, describe_change
 MAY_CHANGE = (
     "name", "run_dir", "iterations", "cluster.*", "tracking.*", "parallel.tensor", "parallel.pipeline",
     "parallel.virtual_pipeline", "parallel.context", "parallel.sequence", "parallel.overlap", "parallel.recompute",
-    "flywheel.keep_checkpoints", "flywheel.async_save", "*.checkpoint_interval", "*.micro_batch_size",
+    "flywheel.keep_checkpoints", "flywheel.async_save", "flywheel.restarts", "*.checkpoint_interval",
+    "*.micro_batch_size", "*.optim.max_skipped",
     "model.logprob_chunk",
 )  # fmt: skip
 """Keys that do not decide a run's results: another start of the same run may give them other values."""

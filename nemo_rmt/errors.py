@@ -1,4 +1,4 @@
-"""The one exception a person is meant to read."""
+"""The exceptions a person is meant to read."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     The message names the key or path, its value and the remedy. The command line prints it
     without a traceback and exits with status 2.
     """
+
+
+class Diverged(RuntimeError):
+    """Too many optimizer steps in a row were skipped. Another start from the last checkpoint would skip them again."""

@@ -8,44 +8,48 @@ moment leaves a run that the next start continues.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
-import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 
-from nemo_rmt import preflight
+from nemo_rmt import preflight, stopping
 from nemo_rmt.chain import PlannedStage, StageRef, plan_chain, recipe_digest
-from nemo_rmt.config import Cluster, Recipe
+from nemo_rmt.config import Recipe
 from nemo_rmt.errors import UserError
+from nemo_rmt.exit_codes import DISK_FULL, DONE, FAILED, STOPPED, WRONG_INPUT
+from nemo_rmt.launch.meeting import Meeting
+from nemo_rmt.launch.node import take_part
+from nemo_rmt.launch.placement import Placement
+from nemo_rmt.launch.ranks import worker_command
+from nemo_rmt.launch.stage import Command, Outcome, run_alone, run_stage
+from nemo_rmt.manifest import METADATA, inspect_checkpoint, latest_step
 from nemo_rmt.overview import print_chain, print_summary
-from nemo_rmt.process import WRONG_INPUT, Interrupted, run_stage, signals_raise, worker_command
+from nemo_rmt.process import Interrupted
 from nemo_rmt.recipe_io import resolved_yaml
-from nemo_rmt.run_folder import METADATA, RunFolder, State, inspect_checkpoint, write_text
+from nemo_rmt.run_folder import RunFolder, StageRecord, State, write_text
 from nemo_rmt.stages.job import StageJob
 
 __all__ = ["FlywheelRun", "PlannedStage", "StageRef", "find_stage", "plan_chain", "run_flywheel", "run_one_stage"]
 
 logger = logging.getLogger(__name__)
 
-Command = Callable[[Path, Recipe], list[str]]
-"""The command line of a stage, from its stage.yaml and the recipe."""
-
 
 def run_flywheel(recipe: Recipe, *, dry_run: bool = False, command: Command = worker_command) -> int:
     """Run, or continue, every stage of the recipe in its run folder.
 
-    Returns 0 when all are done, 1 when a stage failed, 2 when a stage refused its input, and 128 plus the
-    signal's number when interrupted. Raises UserError for wrong input, before anything is started.
+    Returns 0 when all are done, 1 when a stage failed, 2 when a stage refused its input, 75 when it stopped on request
+    and 128 plus the signal's number when interrupted. Raises UserError for wrong input, before anything is started. On
+    several nodes this is called on each, by srun; those that do not lead return 0 when it is over.
     dry_run: check everything, print the resolved chain and what of it is done, start nothing.
     """
     run = RunFolder(Path(recipe.run_dir))
     if dry_run:
-        preflight.check(recipe, run)
-        flywheel = FlywheelRun(recipe, run, command, lock=-1)  # only asked, never started
+        preflight.check(recipe, run, here=recipe.cluster.nodes == 1)
+        flywheel = FlywheelRun(recipe, run)
         print_chain(recipe, run, {ref for ref in flywheel.chain if flywheel.is_done(ref)})
         return 0
     return _locked(recipe, run, command, None)
@@ -73,22 +77,25 @@ def find_stage(recipe: Recipe, stage: str, iteration: int) -> StageRef:
 
 
 def _locked(recipe: Recipe, run: RunFolder, command: Command, only: StageRef | None, *, download: bool = False) -> int:
-    """Check, lock, run all stages or one, report."""
-    preflight.check(recipe, run, download=download)
-    with run.lock() as lock:
-        flywheel = FlywheelRun(recipe, run, command, lock)  # reads the state again, now that nobody else writes it
-        try:
-            with signals_raise():
-                status = flywheel.run_all() if only is None else flywheel.run_only(only)
-        except Interrupted as interrupted:
-            print(f"nemo-rmt: stopped by {interrupted}; start it again to continue", file=sys.stderr)
-            return 128 + interrupted.signum
-        if only is not None:
-            return status
-        if flywheel.started or not run.report_path.exists():
-            status = _write_report(run) or status
-    print_summary(recipe, run)
-    return status
+    """Check, lock, run all stages or one, report; where another node leads, follow it."""
+
+    def lead(meeting: Meeting) -> int:
+        preflight.check(recipe, run, download=download)
+        with run.lock() as lock:
+            flywheel = FlywheelRun(recipe, run, command, lock, meeting)  # reads the state, which nobody else writes now
+            if only is not None:
+                return flywheel.run_only(only)
+            status = flywheel.run_all()
+            if status == STOPPED:
+                return status
+            if flywheel.started or not run.report_path.exists():
+                status = _write_report(run) or status
+        print_summary(recipe, run)
+        return status
+
+    one_process = only is not None and only.stage == "data"
+    check = functools.partial(preflight.check_machine, recipe)
+    return take_part(run.path, recipe, command, lead=lead, check=check, anywhere=one_process)
 
 
 def _write_report(run: RunFolder) -> int:
@@ -106,13 +113,27 @@ def _write_report(run: RunFolder) -> int:
 
 
 class FlywheelRun:
-    """One start of a run, holding its lock (``lock``: the file descriptor, which workers inherit)."""
+    """One start of a run, or only a look at it.
 
-    def __init__(self, recipe: Recipe, run: RunFolder, command: Command, lock: int):
+    Args:
+        command: of each rank.
+        lock: file descriptor of the run's lock, which the ranks inherit; -1: nothing will be started.
+        meeting: of the nodes; None: this one alone.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunFolder,
+        command: Command = worker_command,
+        lock: int = -1,
+        meeting: Meeting | None = None,
+    ):
         self.recipe = recipe
         self.run = run
         self.command = command
         self.lock = lock
+        self.meeting = meeting or Meeting(run.path, Placement())
         self.chain = {planned.ref: planned for planned in plan_chain(recipe)}
         self.started = 0
         self.state = preflight.check_state(recipe, run) or State(recipe_digest(recipe))
@@ -128,9 +149,13 @@ class FlywheelRun:
         """Run what is not done, in order, until one fails."""
         self.begin()
         for planned in self.chain.values():
-            if not self.is_done(planned.ref) and (status := self.run_stage(planned)):
+            if self.is_done(planned.ref):
+                continue
+            if stopping.requested():
+                return STOPPED
+            if status := self.run_stage(planned):
                 return status
-        return 0
+        return DONE
 
     def run_only(self, ref: StageRef) -> int:
         """Run one stage if it is not done. Raises UserError when an input of it is not done."""
@@ -176,7 +201,11 @@ class FlywheelRun:
         return ids
 
     def run_stage(self, planned: PlannedStage) -> int:
-        """Run one stage from its last checkpoint, or from nothing when its inputs changed; 0 when it is done."""
+        """Run one stage from its last checkpoint, or from nothing when its inputs changed; 0 when it is done.
+
+        A stage whose ranks died, hung or crashed is started again, ``flywheel.restarts`` times in a row at most
+        without a new checkpoint.
+        """
         ref, ids = planned.ref, self.input_ids(planned)
         record = self.state.record(ref.iteration, ref.stage)
         job = self.job(planned)
@@ -184,39 +213,76 @@ class FlywheelRun:
         if not resumes:
             self.run.discard(ref.iteration, ref.stage)
             record.id, record.inputs, record.attempts, record.started = uuid.uuid4().hex, ids, 0, time.time()
-        record.status, record.checkpoint, record.finished = "running", None, None
-        record.attempts += 1
-        self.run.save_state(self.state)
-        status = 0
-        if self.run.result(ref.iteration, ref.stage) is None:  # else: killed between the stage's end and our note of it
-            status = self.work(job, ref, record.attempts)
-        result = self.run.result(ref.iteration, ref.stage)
-        record.finished = time.time()
-        if status or result is None:
-            record.status = "failed"
+        attended = not self.meeting.placement.requeued
+        while True:
+            if not attended and self.given_up(ref, record):
+                return self.end(ref, record, "failed", FAILED)
+            record.begin(latest_step(self.folder(ref)), attended=attended)
             self.run.save_state(self.state)
-            log = self.folder(ref) / "log" / "rank_0.log"
-            print(f"nemo-rmt: {ref} failed ({_reason(status)}); {_where(log)}", file=sys.stderr)
-            return WRONG_INPUT if status == WRONG_INPUT else 1
-        record.status, record.checkpoint = "done", result.get("checkpoint")
-        self.run.save_state(self.state)
-        return 0
+            outcome = Outcome(DONE)
+            if self.run.result(ref.iteration, ref.stage) is None:  # else: killed between its end and our note of it
+                outcome = self.work(job, ref, record)
+            if outcome.status == DONE and (result := self.run.result(ref.iteration, ref.stage)) is not None:
+                record.checkpoint = result.get("checkpoint")
+                return self.end(ref, record, "done", DONE)
+            if outcome.status == STOPPED or (outcome.status == FAILED and stopping.requested()):
+                step = latest_step(self.folder(ref))
+                print(f"nemo-rmt: {ref} stopped on request at step {step}; start it again to continue", file=sys.stderr)
+                return self.end(ref, record, "pending", STOPPED)
+            reason = outcome.reason or "exit status 0, but no result.json"
+            if outcome.status != FAILED or not self.may_restart(ref, record):
+                if outcome.status == DISK_FULL:
+                    reason += f"; make room and start it again: {self.saved(ref)}"
+                log = self.folder(ref) / "log" / f"rank_{outcome.rank}.log"
+                print(f"nemo-rmt: {ref} failed: {reason}; {_where(log)}", file=sys.stderr)
+                return self.end(ref, record, "failed", WRONG_INPUT if outcome.status == WRONG_INPUT else FAILED)
+            print(f"nemo-rmt: {ref}: {reason}; starting it again: {self.saved(ref)}", file=sys.stderr, flush=True)
+            attended = False
 
-    def work(self, job: StageJob, ref: StageRef, attempt: int) -> int:
-        """Start the stage's process and wait for it; returns its exit status."""
+    def given_up(self, ref: StageRef, record: StageRecord) -> bool:
+        """Whether a stage that nobody watches has saved nothing time after time."""
+        restarts = self.recipe.flywheel.restarts
+        fruitless = record.fruitless_before(latest_step(self.folder(ref)), attended=False)
+        if fruitless <= restarts:
+            return False
+        whole = ref.stage in ("data", "evaluate")
+        hint = "it is done in one go" if whole else f"or save more often ({ref.stage}.checkpoint_interval)"
+        print(
+            f"nemo-rmt: {ref} failed: {fruitless} starts in a row saved no new checkpoint "
+            f"(flywheel.restarts={restarts}): {self.saved(ref)}. Give it more time, {hint}",
+            file=sys.stderr,
+        )
+        return True
+
+    def may_restart(self, ref: StageRef, record: StageRecord) -> bool:
+        """Whether a stage that has just failed may be started again."""
+        restarts = self.recipe.flywheel.restarts
+        return restarts > 0 and record.fruitless_before(latest_step(self.folder(ref)), attended=False) <= restarts
+
+    def end(self, ref: StageRef, record: StageRecord, word: str, status: int) -> int:
+        """Write down how a stage ended; returns ``status``."""
+        record.status = word
+        record.finished = None if word == "pending" else time.time()
+        self.run.save_state(self.state)
+        return status
+
+    def saved(self, ref: StageRef) -> str:
+        """What a stage goes on from."""
+        step = latest_step(self.folder(ref))
+        return f"its last checkpoint is of step {step}" if step else "it has no checkpoint yet"
+
+    def work(self, job: StageJob, ref: StageRef, record: StageRecord) -> Outcome:
+        """Start the stage's ranks and wait for them."""
         stage_yaml = self.folder(ref) / "stage.yaml"
         job.save(stage_yaml)
-        note = self.chain[ref].note
+        note, attempt = self.chain[ref].note, record.attempts
         print(f"{ref}" + (f" ({note})" if note else "") + (f", attempt {attempt}" if attempt > 1 else ""), flush=True)
         self.started += 1
-        recipe = self.recipe
-        if ref.stage == "data":  # one process writes files, wherever the others are to train
-            recipe = recipe.model_copy(update={"cluster": Cluster(threads=recipe.cluster.threads)})
+        run = run_alone if ref.stage == "data" else run_stage
         try:
-            return run_stage(stage_yaml, self.command(stage_yaml, recipe), recipe, self.lock)
-        except Interrupted:
-            self.state.record(ref.iteration, ref.stage).status = "pending"
-            self.run.save_state(self.state)
+            return run(stage_yaml, self.recipe, self.command, self.meeting, self.lock)
+        except (Interrupted, stopping.Stopped):
+            self.end(ref, record, "pending", STOPPED)
             raise
 
     def job(self, planned: PlannedStage) -> StageJob:
@@ -245,15 +311,6 @@ class FlywheelRun:
         except UserError as error:
             raise UserError(f"{error}; delete {self.folder(ref)} to make it again") from error
         return checkpoint
-
-
-def _reason(status: int) -> str:
-    if status == 0:
-        return "exit status 0, but no result.json"
-    if status < 0:
-        name = signal.Signals(-status).name
-        return f"killed by {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
-    return f"exit status {status}"
 
 
 def _where(log: Path) -> str:

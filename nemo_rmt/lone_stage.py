@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
+from nemo_rmt import preflight
 from nemo_rmt.errors import UserError
-from nemo_rmt.process import WRONG_INPUT, Interrupted, run_stage, signals_raise, worker_command
-from nemo_rmt.run_folder import RunFolder, inspect_checkpoint
+from nemo_rmt.exit_codes import DONE, FAILED, STOPPED, WRONG_INPUT
+from nemo_rmt.launch.meeting import Meeting
+from nemo_rmt.launch.node import take_part
+from nemo_rmt.launch.ranks import worker_command
+from nemo_rmt.launch.stage import run_alone, run_stage
+from nemo_rmt.manifest import inspect_checkpoint
+from nemo_rmt.run_folder import RunFolder
 from nemo_rmt.stages.job import StageJob
 
 
@@ -29,12 +36,15 @@ def run_stage_file(path: Path) -> int:
         raise UserError(
             f"{folder} holds this stage's result already: copy stage.yaml to a new folder beside it to run it again"
         )
-    with RunFolder((folder / job.run_dir).resolve()).lock() as lock:
-        try:
-            with signals_raise():
-                status = run_stage(path.resolve(), worker_command(path.resolve(), job.recipe), job.recipe, lock)
-        except Interrupted as interrupted:
-            return 128 + interrupted.signum
-    if status:
-        print(f"nemo-rmt: {path} failed with exit status {status}", file=sys.stderr)
-    return status if status in (0, WRONG_INPUT) else 1
+    start = run_alone if job.stage == "data" else run_stage
+    recipe, run = job.recipe, RunFolder((folder / job.run_dir).resolve())
+
+    def lead(meeting: Meeting) -> int:
+        with run.lock() as lock:
+            outcome = start(path.resolve(), recipe, worker_command, meeting, lock)
+        if outcome.status not in (DONE, STOPPED):
+            print(f"nemo-rmt: {path} failed: {outcome.reason}", file=sys.stderr)
+        return outcome.status if outcome.status in (DONE, STOPPED, WRONG_INPUT) else FAILED
+
+    check = functools.partial(preflight.check_machine, recipe)
+    return take_part(run.path, recipe, worker_command, lead=lead, check=check, anywhere=job.stage == "data")

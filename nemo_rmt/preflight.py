@@ -31,11 +31,9 @@ def check(recipe: Recipe, run: RunFolder, *, download: bool = False, here: bool 
     here: the stages run on this machine; otherwise it is not asked what it has.
     """
     if not download:
-        _check_nodes(recipe)
         check_lengths(recipe)
     if here and not download:
-        _check_machine(recipe)
-        check_accelerator(recipe)
+        check_machine(recipe)
     state = check_state(recipe, run)
     built = state is not None and state.record(0, "data").status == "done"
     for each in input_checks(recipe, data_built=built, download=download):
@@ -82,15 +80,8 @@ def space_needed(recipe: Recipe, run: RunFolder, vocab_size: int) -> int:
     )
 
 
-def _check_nodes(recipe: Recipe) -> None:
-    if recipe.cluster.nodes > 1:
-        raise UserError(
-            f"cluster.nodes={recipe.cluster.nodes}: this version starts stages on one machine only (it has no Slurm "
-            "launcher yet): set cluster.nodes=1"
-        )
-
-
-def _check_machine(recipe: Recipe) -> None:
+def check_machine(recipe: Recipe) -> None:
+    """Raise UserError unless this machine has what each node of the recipe's cluster needs."""
     gpus = gpu_count()
     if gpus and recipe.cluster.gpus_per_node > gpus:
         raise UserError(
@@ -105,6 +96,7 @@ def _check_machine(recipe: Recipe) -> None:
     if recipe.model.layers == "transformer_engine" and not gpus:
         remedy = "model.layers=local" + (" and model.fp8=null" if recipe.model.fp8 else "")
         raise UserError(f"model.layers=transformer_engine needs a GPU and none is visible: set {remedy}")
+    check_accelerator(recipe)
 
 
 def check_accelerator(recipe: Recipe) -> None:

@@ -1,7 +1,7 @@
 """Stands in for a stage's process in tests of the state machine: notes that it ran, then leaves a result.
 
-A file ``plan.json`` in the run folder maps "iteration/stage" to what goes wrong: an exit status, "hang"
-(after a checkpoint), "no result", or "refused" (wrong input, as it looks from outside torchrun).
+A file ``plan.json`` in the run folder maps "iteration/stage" to what goes wrong: an exit status, "hang", "no result",
+{"save": STEP, "exit": STATUS} after a checkpoint, or a list of these, one for each start.
 """
 
 from __future__ import annotations
@@ -20,23 +20,26 @@ def main(stage_yaml: Path) -> int:
     job, folder = yaml.safe_load(stage_yaml.read_text()), stage_yaml.parent
     run = (folder / job["run_dir"]).resolve()
     name = f"{job['iteration']}/{job['stage']}"
-    resumed = (folder / "begun").exists()
-    (folder / "begun").write_text("")
+    begun = folder / "begun"
+    resumed = begun.exists()
+    starts = len(begun.read_text()) if resumed else 0
+    begun.write_text("." * (starts + 1))
     with (run / "ran.txt").open("a") as ran:
         ran.write(f"{name}{' resumed' if resumed else ''}\n")
     for role, value in job["inputs"].items():
         assert (run / value).is_dir(), (role, value)
     plan = run / "plan.json"
     fault = json.loads(plan.read_text()).get(name) if plan.exists() else None
+    if isinstance(fault, list):
+        fault = fault[starts] if starts < len(fault) else None
+    if isinstance(fault, dict):
+        write_checkpoint(folder / "checkpoints" / f"step_{fault['save']:08d}", job["recipe"]["model"])
+        fault = fault["exit"]
     if fault == "hang":
         (run / "worker.pid").write_text(str(os.getpid()))
         time.sleep(120)
     if isinstance(fault, int):
         return fault
-    if fault == "refused":
-        (folder / "log").mkdir(exist_ok=True)
-        (folder / "log" / "refused").write_text("wrong input\n")
-        return 1
     if fault == "no result":
         return 0
     checkpoint = None

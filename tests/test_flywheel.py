@@ -27,7 +27,7 @@ FIRST = ["0/data", "0/pretrain", "0/anneal", "0/rmt", "0/sft", "0/rl", "0/evalua
 SECOND = ["1/anneal", "1/rmt", "1/sft", "1/rl", "1/evaluate"]
 
 
-def fake(stage_yaml: Path, recipe: Recipe) -> list[str]:
+def fake(stage_yaml: Path) -> list[str]:
     return [sys.executable, str(FAKE_STAGE), str(stage_yaml)]
 
 
@@ -103,13 +103,58 @@ def test_a_failed_stage_stops_the_chain_and_the_next_start_resumes_it(recipe, ca
     assert RunFolder(Path(recipe.run_dir)).load_state().record(0, "sft").attempts == 2
 
 
-def test_a_refusal_behind_torchrun_is_told_from_a_crash_and_forgotten_by_the_next_start(recipe):
-    faults(recipe, **{"0_sft": "refused"})  # torchrun turns its ranks' exit status 2 into 1
-    assert run_flywheel(recipe, command=fake) == 2
-    faults(recipe, **{"0_sft": 1})
-    assert run_flywheel(recipe, command=fake) == 1
-    faults(recipe)
-    assert run_flywheel(recipe, command=fake) == 0
+def record(recipe: Recipe, stage: str):
+    return RunFolder(Path(recipe.run_dir)).load_state().record(0, stage)
+
+
+def test_a_stage_that_crashes_is_started_again_where_the_recipe_says_so(recipe, capfd):
+    recipe.flywheel.restarts = 2
+    faults(recipe, **{"0_sft": [1, 3]})
+    assert run_flywheel(changed(recipe, iterations=1), command=fake) == 0
+    assert ran(recipe) == [*FIRST[:5], "0/sft resumed", "0/sft resumed", *FIRST[5:]]
+    assert (record(recipe, "sft").status, record(recipe, "sft").attempts) == ("done", 3)
+    errors = capfd.readouterr().err
+    assert "iteration 0 sft: rank 0 ended with exit status 3; starting it again: it has no checkpoint yet" in errors
+
+
+def test_restarts_are_counted_from_the_last_new_checkpoint(recipe, capfd):
+    recipe.flywheel.restarts = 1
+    faults(recipe, **{"0_sft": [{"save": 2, "exit": 1}, {"save": 4, "exit": 1}, 1, 1]})
+    assert run_flywheel(changed(recipe, iterations=1), command=fake) == 1
+    assert record(recipe, "sft").attempts == 4
+    assert (record(recipe, "sft").status, record(recipe, "sft").step) == ("failed", 4)
+    assert capfd.readouterr().err.count("starting it again: its last checkpoint is of step 4") == 2
+    assert run_flywheel(changed(recipe, iterations=1), command=fake) == 0  # someone has seen to it
+
+
+@pytest.mark.parametrize(("fault", "status"), [(2, 2), (65, 1), (74, 1)])
+def test_what_another_start_would_not_help_is_not_started_again(recipe, fault, status):
+    recipe.flywheel.restarts = 3
+    faults(recipe, **{"0_sft": fault})
+    assert run_flywheel(recipe, command=fake) == status
+    assert record(recipe, "sft").attempts == 1
+
+
+def test_a_stage_that_stopped_on_request_stops_the_chain_and_is_pending(recipe, capfd):
+    faults(recipe, **{"0_sft": {"save": 3, "exit": 75}})
+    assert run_flywheel(recipe, command=fake) == 75
+    assert ran(recipe) == FIRST[:5] and record(recipe, "sft").status == "pending"
+    assert "iteration 0 sft stopped on request at step 3; start it again to continue" in capfd.readouterr().err
+
+
+def test_a_job_that_slurm_starts_again_and_again_without_a_checkpoint_is_given_up(recipe, capfd, monkeypatch):
+    recipe.flywheel.restarts = 1
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "1")
+    faults(recipe, **{"0_sft": [75, {"save": 3, "exit": 75}, 75, 75, None]})
+    statuses = []
+    for restart in range(6):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        statuses.append(run_flywheel(changed(recipe, iterations=1), command=fake))
+    assert statuses == [75, 75, 75, 75, 1, 1]
+    assert "sft failed: 2 starts in a row saved no new checkpoint (flywheel.restarts=1)" in capfd.readouterr().err
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    assert run_flywheel(changed(recipe, iterations=1), command=fake) == 0
 
 
 def test_an_interrupted_stage_begins_afresh_when_its_input_was_made_again(recipe):
@@ -175,6 +220,14 @@ def test_a_replaced_outside_checkpoint_redoes_what_was_made_from_it(recipe, tmp_
     write_checkpoint(tmp_path / "outside", recipe.model.model_dump(), step=41)
     assert run_flywheel(one, command=fake) == 0
     assert ran(recipe) == ["0/anneal", "0/rmt", "0/sft", "0/rl", "0/evaluate"]
+
+
+def test_several_nodes_are_refused_on_one_machine_but_not_by_a_dry_run(recipe):
+    recipe.cluster.nodes = recipe.parallel.tensor = 2
+    with pytest.raises(UserError, match="cluster.nodes=2, but this is one machine.*srun --ntasks-per-node=1"):
+        run_flywheel(recipe, command=fake)
+    assert not Path(recipe.run_dir).exists()
+    assert run_flywheel(recipe, dry_run=True, command=fake) == 0
 
 
 def test_one_stage_runs_alone_once_its_inputs_are_done(recipe):
@@ -266,11 +319,14 @@ def gone(pid: int, within_s: float = 5.0) -> bool:
     return False
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_the_worker_ends_with_the_flywheel_and_the_next_start_resumes(recipe, hanging, signum):
+@pytest.mark.parametrize(
+    ("signum", "status"),
+    [(signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGKILL, -9)],
+)
+def test_the_worker_ends_with_the_flywheel_and_the_next_start_resumes(recipe, hanging, signum, status):
     starter, worker = hanging
     starter.send_signal(signum)
-    assert starter.wait(15) == (-9 if signum == signal.SIGKILL else 128 + signum)
+    assert starter.wait(15) == status
     assert gone(worker)
     status = RunFolder(Path(recipe.run_dir)).load_state().record(0, "pretrain").status
     assert status == ("running" if signum == signal.SIGKILL else "pending")

@@ -74,7 +74,6 @@ def test_the_tiny_recipe_passes_and_nothing_is_written(tmp_path):
         (["tokenizer.path=/does/not/exist"], "tokenizer.path=/does/not/exist"),
         (["rollout.max_new_tokens=128"], "rollout.max_new_tokens=128"),
         (["evaluate.sequence_length=1024"], "evaluate.sequence_length=1024"),
-        (["cluster.nodes=2", "parallel.pipeline=2"], "cluster.nodes=2.*set cluster.nodes=1"),
         (["model.layers=transformer_engine"], "model.layers=transformer_engine.*set model.layers=local"),
         (["run_dir=/proc/run"], "run_dir=/proc/run is not writable"),
         (["pretrain.checkpoint=/c"], "pretrain.checkpoint=/c.*tokenizer.path is null"),
@@ -116,7 +115,8 @@ def test_a_fitting_checkpoint_passes(tmp_path, tokenizer, matching, key):
         ({"vocab_size": 511}, "vocabulary of 511"),
         ({"model": Recipe().model.model_dump() | {"num_layers": 6, "qkv_bias": True}},
          "model.num_layers is 6 in the checkpoint, 4 in the recipe; model.*qkv_bias is True"),
-        ({"files": {"weights.distcp": 2000}}, "truncated: weights.distcp has 1000 bytes instead of 2000"),
+        ({"files": {"weights.distcp": {"bytes": 2000, "sha256": "0"}}},
+         "truncated: weights.distcp has 1000 bytes instead of 2000"),
         ({"format": 9}, "format 9"),
     ],
 )  # fmt: skip

@@ -21,7 +21,6 @@ from nemo_rmt.chain import PlannedStage, StageRef, plan_chain
 from nemo_rmt.config import Recipe
 from nemo_rmt.errors import UserError
 from nemo_rmt.overview import print_chain, print_summary
-from nemo_rmt.process import worker_command
 from nemo_rmt.run_folder import RunFolder
 
 
@@ -110,7 +109,7 @@ class Slurm:
         if shutil.which("sbatch") is None:
             raise UserError("sbatch is not on this machine's PATH: submit on a machine of the cluster")
         with work.run.lock() as lock:  # free again before the first job asks for it
-            flywheel.FlywheelRun(work.recipe, work.run, worker_command, lock).begin()
+            flywheel.FlywheelRun(work.recipe, work.run, lock=lock).begin()
         with self._experiment(work) as experiment:
             _add_jobs(experiment, executor, work, planned)
             try:
@@ -174,13 +173,17 @@ def job_name(ref: StageRef) -> str:
 
 
 def job_command(work: Work, ref: StageRef, executor: run.SlurmExecutor, *, report: bool) -> str:
-    """One line of bash that runs a stage in the folder the job was submitted from, and then writes the report."""
+    """One line of bash that runs a stage in the folder the job was submitted from, and then writes the report.
+
+    srun runs it once on each node; the first of them writes the report.
+    """
     program = "nemo-rmt" if executor.container_image else f"{shlex.quote(sys.executable)} -m nemo_rmt"
     recipe = f"--yaml {shlex.quote(str(work.run.recipe_path.absolute()))}"
     stage = f"stage {ref.stage} --iteration {ref.iteration}"
     lines = [f"cd {shlex.quote(os.getcwd())}", f"{program} {'data build' if work.download else stage} {recipe}"]
     if report:
-        lines.append(f"{program} report {shlex.quote(str(work.run.path.absolute()))}")
+        report_line = f"{program} report {shlex.quote(str(work.run.path.absolute()))}"
+        lines.append(f'{{ [ "${{SLURM_NODEID:-0}}" != 0 ] || {report_line}; }}')
     # nemo_run 0.11.1 puts a folder of its own in the place of /nemo_run anywhere in a script without a container
     return " && ".join(lines).replace("/nemo_run", "/''nemo_run")
 
@@ -196,7 +199,7 @@ def _add_jobs(experiment: run.Experiment, executor: run.SlurmExecutor, work: Wor
 
 def _pending(work: Work) -> list[PlannedStage]:
     """The stages that work needs and that are not done. Raises UserError when a single stage's inputs are not."""
-    asked = flywheel.FlywheelRun(work.recipe, work.run, worker_command, lock=-1)  # only asked, never started
+    asked = flywheel.FlywheelRun(work.recipe, work.run)
     if work.only is None:
         return [planned for planned in asked.chain.values() if not asked.is_done(planned.ref)]
     if asked.is_done(work.only):

@@ -151,5 +151,8 @@ class Cluster(Section):
     """Share of that peak that training is assumed to reach, for nemo-rmt plan."""
     gpu_compute_capability: PositiveFloat = 9.0
     """Of one GPU, for nemo-rmt plan where none is visible; 9.0 is an H100's."""
+    hang_timeout_s: PositiveFloat = 1200.0
+    """Seconds in which no rank does anything (a micro-batch, a token, a document, a file) before a stage counts as hung
+    and is stopped; more than the longest checkpoint file takes to write."""
     threads: PositiveInt | None = None
     """CPU threads per process; null: cores divided by processes."""

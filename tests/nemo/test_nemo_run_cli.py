@@ -37,7 +37,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 def fake_stages(monkeypatch):
     """Commands start the stand-in for a stage."""
 
-    def fake(stage_yaml: Path, recipe: Recipe) -> list[str]:
+    def fake(stage_yaml: Path) -> list[str]:
         return [sys.executable, str(FAKE_STAGE), str(stage_yaml)]
 
     for function in (flywheel.run_flywheel, flywheel.run_one_stage):

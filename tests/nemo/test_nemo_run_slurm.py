@@ -75,7 +75,8 @@ def test_a_dry_run_prints_one_script_per_stage_of_the_chain(capsys):
     flags = "account=lab gpus-per-node=2 nodes=1 ntasks-per-node=1 partition=gpu time=02:00:00 kill-on-invalid-dep=yes"
     start = f"cd {Path.cwd()} && {sys.executable} -m nemo_rmt"
     recipe = f"--yaml '{Path.cwd()}/my run/flywheel.yaml'"
-    report = f" && {sys.executable} -m nemo_rmt report '{Path.cwd()}/my run'"
+    written = f"{sys.executable} -m nemo_rmt report '{Path.cwd()}/my run'"
+    report = f' && {{ [ "${{SLURM_NODEID:-0}}" != 0 ] || {written}; }}'  # by the first node
     for ref, script in zip(chain, printed.values(), strict=True):
         for flag in flags.split():
             assert f"#SBATCH --{flag}\n" in script
@@ -84,6 +85,13 @@ def test_a_dry_run_prints_one_script_per_stage_of_the_chain(capsys):
         last = report if ref == chain[-1] else ""
         assert commands(script) == f"{start} stage {ref.stage} --iteration {ref.iteration} {recipe}{last}"
     assert list(Path().iterdir()) == []
+
+
+def test_a_recipe_for_several_nodes_starts_one_nemo_rmt_on_each(capsys):
+    words = ["stage", "data", "--factory", "tiny", NO_TEXT, "run_dir=/tmp/run", *SLURM, "cluster.nodes=2"]
+    assert nemo("rmt", *words, "parallel.tensor=2", "--dryrun") == 0
+    (script,) = scripts(capsys.readouterr().out).values()
+    assert "#SBATCH --nodes=2\n" in script and "#SBATCH --ntasks-per-node=1\n" in script
 
 
 def test_an_image_adds_container_flags_and_the_images_own_nemo_rmt(capsys):
@@ -105,7 +113,6 @@ def test_an_image_adds_container_flags_and_the_images_own_nemo_rmt(capsys):
         ([*SLURM, "executor.acount=a"], "did you mean 'executor.account'"),
         ([*SLURM, "executor.nodes=two"], "executor.nodes=two"),
         ([*SLURM, "executor.nodes=2"], "cluster.nodes=1"),
-        ([*SLURM, "cluster.nodes=2", "parallel.tensor=2"], "one machine only"),
         ([*SLURM, "executor.gpus_per_node=4"], "cluster.gpus_per_node=1"),
         ([*SLURM, "executor.ntasks_per_node=8"], "executor.ntasks_per_node=8"),
         ([*SLURM, "executor.launcher=torchrun"], "executor.launcher=torchrun"),
@@ -150,12 +157,12 @@ def test_the_machine_that_submits_needs_no_gpu(capsys):
     assert nemo("rmt", "stage", "data", *words, *SLURM) == 0
 
 
-def test_what_sbatch_says_is_the_error(cluster, capfd):
+def test_what_sbatch_says_is_the_error(cluster, capfd, monkeypatch):
     Path("bin/sbatch").write_text("#!/bin/bash\necho 'invalid account' >&2; exit 1\n")
     words = ["rmt", "stage", "data", "--factory", "tiny", NO_TEXT, "run_dir=run", *SLURM, "-y"]
     assert nemo(*words) == 2
     assert re.search(r"^nemo-rmt: error: sbatch .* failed: invalid account$", capfd.readouterr().err, re.MULTILINE)
-    Path("bin/sbatch").unlink()
+    monkeypatch.setenv("PATH", "")
     assert nemo(*words) == 2
     assert "sbatch is not on this machine" in capfd.readouterr().err
 

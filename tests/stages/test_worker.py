@@ -14,9 +14,13 @@ import psutil
 import pytest
 from fake_checkpoint import write_checkpoint
 
+from nemo_rmt import pulse
 from nemo_rmt.config import Recipe
 from nemo_rmt.data.tokenizer import Tokenizer
-from nemo_rmt.process import run_stage, worker_command
+from nemo_rmt.launch.meeting import Meeting
+from nemo_rmt.launch.placement import Placement
+from nemo_rmt.launch.ranks import worker_command
+from nemo_rmt.launch.stage import run_stage
 from nemo_rmt.stages.job import StageJob
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
@@ -81,21 +85,21 @@ def outcomes(recipe, data_folder, tmp_path_factory) -> dict[str, tuple[int, str,
         ("no input", "inputs.checkpoint is missing: stage sft needs it"),
     ],
 )
-def test_wrong_input_is_refused_with_status_2_a_message_and_a_note_for_the_flywheel(outcomes, wrong, message):
+def test_wrong_input_is_refused_with_status_2_a_message_and_a_note_for_those_who_watch(outcomes, wrong, message):
     status, errors, log = outcomes[wrong]
     assert status == 2
     assert errors.startswith("error: ") and message in errors and "Traceback" not in errors
     assert message in log
-    assert message in (outcomes["folders"][wrong] / "log" / "refused").read_text()
+    assert message in pulse.read(outcomes["folders"][wrong] / "log" / "beats", 1)[0].failure
 
 
-def test_a_refusal_by_the_ranks_of_torchrun_has_status_2(recipe, data_folder, tmp_path):
+def test_a_refusal_by_several_ranks_has_status_2_and_its_reason(recipe, data_folder, tmp_path):
     two = recipe.model_copy(deep=True)
     two.cluster.gpus_per_node, two.parallel.tensor = 2, 2
     job = write_job(tmp_path / "iteration_000" / "sft", two, "sft", data=data_folder)
     with (tmp_path / ".lock").open("w") as lock:
-        assert run_stage(job, worker_command(job, two), two, lock.fileno()) == 2
-    assert "inputs.checkpoint is missing" in (job.parent / "log" / "refused").read_text()
+        outcome = run_stage(job, two, worker_command, Meeting(tmp_path, Placement()), lock.fileno())
+    assert outcome.status == 2 and "inputs.checkpoint is missing" in outcome.reason
 
 
 def test_a_stage_file_that_cannot_be_read_is_refused(outcomes):
@@ -107,7 +111,7 @@ def test_a_crash_has_status_1_and_its_traceback_in_the_log(outcomes):
     status, errors, log = outcomes["crash"]
     assert status == 1
     assert "Traceback" in errors and "Traceback" in log and "stage sft failed on rank 0" in log
-    assert not (outcomes["folders"]["crash"] / "log" / "refused").exists()
+    assert pulse.read(outcomes["folders"]["crash"] / "log" / "beats", 1)[0].failure
 
 
 def test_usage_is_explained():
@@ -146,10 +150,20 @@ def test_processes_that_write_checkpoints_end_with_a_killed_worker(background):
     assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
 
 
+def test_a_signal_to_all_processes_of_a_stage_stops_it_at_a_checkpoint(background):
+    process = start(background)
+    wait_until(lambda: complete(background) or process.poll() is not None, "a checkpoint")
+    for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        each.send_signal(signal.SIGUSR1)  # as Slurm does
+    _, errors = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 75, errors
+    assert not list(background.parent.glob("checkpoints/*.tmp"))
+
+
 def test_a_stage_that_fails_while_saving_in_the_background_ends(background):
-    text = background.read_text().replace("lr: 0.002", "lr: 1.0e+30")
-    assert "1.0e+30" in text
+    text = background.read_text().replace("lr: 0.002", "lr: 1.0e+30").replace("max_skipped: 5", "max_skipped: 2")
+    assert "1.0e+30" in text and "max_skipped: 2" in text
     background.write_text(text)
     process = start(background)
     _, errors = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 1 and "FloatingPointError" in errors
+    assert process.returncode == 65 and "Diverged" in errors
