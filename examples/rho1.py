@@ -21,8 +21,9 @@ from nemo_rmt.megatron.head import TokenScores
 from nemo_rmt.megatron.runtime import distributed
 from nemo_rmt.objectives import LossOutput, ntp_loss
 from nemo_rmt.stages.job import StageJob
-from nemo_rmt.stages.pretrain import corpus_batches
-from nemo_rmt.stages.session import Session, Training
+from nemo_rmt.stages.pretrain import CorpusBatches
+from nemo_rmt.stages.session import Session
+from nemo_rmt.stages.training import Training
 
 KEEP = 0.6
 
@@ -43,15 +44,16 @@ def run(session: Session) -> None:
     """The anneal's loop with another objective."""
     settings = session.settings
     reference = session.frozen_model(session.require_input("reference"))
-    batch_of = corpus_batches(session, "anneal", 0)
+    batches = CorpusBatches(session, "anneal", 0)
     training = Training(session, session.require_input("checkpoint"), with_optimizer=True)
     for step in training.steps():
-        batch = batch_of(step)
+        batch = batches.batch(step)
         scores = reference.score(batch, settings.micro_batch_size)
         if scores is not None:  # the last pipeline stage, where the loss is
             batch.extras["reference_logprobs"] = scores.logprobs
         metrics = training.model.train_step(batch.micro_batches(settings.micro_batch_size), selected_tokens)
-        training.record(metrics, tokens=settings.global_batch_size * settings.sequence_length)
+        tokens = settings.global_batch_size * settings.sequence_length
+        training.record(metrics, tokens=tokens, samples=lambda: batches.samples(step))
 
 
 def main() -> None:

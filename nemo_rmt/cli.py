@@ -1,6 +1,7 @@
 """The command line: ``nemo-rmt COMMAND [RECIPE] [--yaml FILE]... [key=value]...``.
 
-Exit codes: 0 done, 2 wrong input (nothing was started), 1 a stage failed, 128 + n stopped by signal n.
+Exit codes: 0 done, 1 a stage failed, 2 wrong input (nothing was trained), 75 stopped on request (SIGUSR1 or SIGTERM) at
+a checkpoint, start it again to continue, 128 + n stopped at once by signal n.
 """
 
 from __future__ import annotations
@@ -17,9 +18,7 @@ from typing import NoReturn
 from nemo_rmt import __version__
 from nemo_rmt.config import Recipe
 from nemo_rmt.errors import UserError
-
-FAILED = 1
-WRONG_INPUT = 2
+from nemo_rmt.exit_codes import FAILED, WRONG_INPUT
 
 
 class _Parser(argparse.ArgumentParser):
@@ -96,6 +95,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
     load = _command(commands, "import", _import, "make a checkpoint of a Hugging Face model")
     load.usage = "nemo-rmt import source=HF_FOLDER target=CHECKPOINT [precision=bf16]"
+
+    status = _command(commands, "status", _status, "say how far every stage of a run is: RUN_DIR, or its recipe")
+    status.usage = "nemo-rmt status RUN_DIR\n       nemo-rmt status [RECIPE] [--yaml FILE]... [key=value]..."
+    status.add_argument("--plain", action="store_true", help="a line per stage for scripts: iteration, stage, status")
 
     report = _command(
         commands, "report", _report, "write the report of a run: RUN_DIR, or the recipe it was started from"
@@ -186,11 +189,29 @@ def _evaluate(args: argparse.Namespace) -> int:
     )
 
 
+def _run_dir(args: argparse.Namespace) -> Path | None:
+    """The run folder that a command was given instead of a recipe, if it was."""
+    alone = len(args.items) == 1 and not args.yaml
+    return Path(args.items[0]) if alone and Path(args.items[0]).is_dir() else None
+
+
+def _status(args: argparse.Namespace) -> int:
+    from nemo_rmt.status import print_plain, print_table, recipe_of_run, stage_statuses
+
+    folder = _run_dir(args)
+    recipe = _recipe(args, args.items) if folder is None else recipe_of_run(folder)
+    statuses = stage_statuses(recipe)
+    if args.plain:
+        print_plain(statuses)
+    else:
+        print_table(recipe, statuses)
+    return 0
+
+
 def _report(args: argparse.Namespace) -> int:
     from nemo_rmt.run_folder import RunFolder
 
-    alone = len(args.items) == 1 and not args.yaml
-    folder = Path(args.items[0]) if alone and Path(args.items[0]).is_dir() else Path(_recipe(args, args.items).run_dir)
+    folder = _run_dir(args) or Path(_recipe(args, args.items).run_dir)
     run = RunFolder(folder)
     if run.load_state() is None:
         raise UserError(f"{folder} is not a run folder: it has no state.json")

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nemo_rmt.config import Tracking
 from nemo_rmt.errors import UserError
+from nemo_rmt.stopping import Stopped
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -43,6 +44,10 @@ def _parse(line: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
+SKIPPED, SAMPLES = "skipped.jsonl", "samples.jsonl"
+"""Files of steps beside metrics.jsonl: those that were skipped, and what every step was made of."""
+
+
 class Metrics:
     """Logs one stage's steps; use it as a context manager.
 
@@ -50,7 +55,8 @@ class Metrics:
     ...     metrics.log(101, {"train/loss": 1.2, "train/tokens_per_s": 18_200.0})
 
     On entry, metrics.jsonl keeps the steps up to resume_step (the checkpoint's) and loses what a killed run logged
-    beyond it, so that a resumed run's file equals an uninterrupted one's; TensorBoard hides those steps too.
+    beyond it, so that a resumed run's file equals an uninterrupted one's; TensorBoard hides those steps too. The files
+    of ``append`` likewise.
     """
 
     def __init__(
@@ -79,6 +85,9 @@ class Metrics:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
         _truncate(path, self.resume_step)
+        for name in (SKIPPED, SAMPLES):
+            if (self.folder / name).exists():
+                _truncate(self.folder / name, self.resume_step)
         self._file = path.open("a", encoding="utf-8")
         if self.tracking.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -97,7 +106,7 @@ class Metrics:
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if error_type is None else 1)
+            self._wandb.finish(exit_code=0 if error_type in (None, Stopped) else 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record the finished step (1-based). Names are ``group/name``; NaN and infinities become null in the file."""
@@ -115,6 +124,14 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.log(values, step=step)
         self._progress.show(step, values)
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Write a step's record, with its "step", to SKIPPED or SAMPLES. Values that are not finite become null."""
+        if not self.enabled:
+            return
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
 
 
 def _truncate(path: Path, last_step: int) -> None:

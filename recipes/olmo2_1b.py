@@ -29,6 +29,7 @@ from nemo_rmt.config import (
     Corpus,
     Data,
     Evaluate,
+    Flywheel,
     Model,
     Optim,
     Parallel,
@@ -51,6 +52,7 @@ def olmo2_1b() -> Recipe:
         name="olmo2_1b",
         run_dir="runs/olmo2_1b",
         iterations=2,
+        flywheel=Flywheel(keep_checkpoints=2, restarts=3),
         model=Model(  # as published
             num_layers=16,
             hidden_size=2048,
@@ -107,7 +109,7 @@ def olmo2_1b() -> Recipe:
             micro_batch_size=2,
             global_batch_size=BATCH,
             sequence_length=ROW,
-            optim=Optim(lr=2e-4, schedule="linear", min_lr=0.0, warmup_steps=100, weight_decay=0.1),
+            optim=Optim(lr=2e-4, schedule="linear", min_lr=0.0, warmup_steps=100, weight_decay=0.1, skip_spikes=6.0),
             checkpoint_interval=500,
             resume_optimizer=False,  # published weights come without
             objective="remit",

@@ -24,6 +24,7 @@ from nemo_rmt.config import (
     Curriculum,
     Data,
     Evaluate,
+    Flywheel,
     Model,
     Optim,
     Parallel,
@@ -43,6 +44,7 @@ def qwen3_14b() -> Recipe:
         name="qwen3_14b",
         run_dir="runs/qwen3_14b",
         iterations=1,
+        flywheel=Flywheel(keep_checkpoints=2, restarts=3),
         model=Model(  # as published
             num_layers=40,
             hidden_size=5120,

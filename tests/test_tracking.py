@@ -13,7 +13,8 @@ import pytest
 
 from nemo_rmt.config import Tracking
 from nemo_rmt.errors import UserError
-from nemo_rmt.tracking import Metrics, read_metrics
+from nemo_rmt.stopping import Stopped
+from nemo_rmt.tracking import SAMPLES, SKIPPED, Metrics, read_metrics
 
 QUIET = Tracking(tensorboard=False)
 
@@ -46,6 +47,18 @@ def test_a_torn_last_line_is_ignored_and_dropped_on_resume(tmp_path):
     assert [record["step"] for record in read_metrics(path)] == [1, 2]
     write_steps(tmp_path, 3, 3, resume_step=2)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", [SKIPPED, SAMPLES])
+def test_the_files_beside_it_lose_steps_beyond_the_checkpoint_too(tmp_path, name):
+    for first, last, resume in ((1, 4, 0), (3, 5, 2)):
+        with Metrics(tmp_path, QUIET, title="t", total_steps=5, resume_step=resume) as metrics:
+            for step in range(first, last + 1):
+                metrics.append(name, {"step": step, "loss": math.inf, "samples": [f"web:{first}"]})
+    records = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
+    assert [record["samples"] for record in records] == [["web:1"]] * 2 + [["web:3"]] * 3
+    assert {record["loss"] for record in records} == {None}
 
 
 def test_starting_anew_empties_an_earlier_file(tmp_path):
@@ -126,6 +139,14 @@ def test_wandb_learns_of_a_failed_stage(tmp_path, monkeypatch):
         with Metrics(tmp_path, Tracking(tensorboard=False, wandb_project="p"), title="t", total_steps=1):
             raise RuntimeError("diverged")
     assert calls[-1] == ("finish", 1)
+
+
+def test_wandb_does_not_take_a_stop_on_request_for_a_failure(tmp_path, monkeypatch):
+    calls = fake_wandb(monkeypatch)
+    with pytest.raises(Stopped):
+        with Metrics(tmp_path, Tracking(tensorboard=False, wandb_project="p"), title="t", total_steps=1):
+            raise Stopped("SIGTERM")
+    assert calls[-1] == ("finish", 0)
 
 
 def test_wandb_not_installed_is_an_error_that_names_the_extra(tmp_path, monkeypatch):

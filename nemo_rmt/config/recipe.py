@@ -22,6 +22,9 @@ class Flywheel(Section):
     """Complete checkpoints kept per stage."""
     async_save: bool = False
     """Write checkpoints in the background (pays on clusters, not for small models)."""
+    restarts: NonNegativeInt = 0
+    """Times in a row that a stage whose ranks died, hung or crashed is started again from its last checkpoint without
+    having saved a new one. Needs no one to watch; the large recipes have 3."""
 
 
 class Tracking(Section):
@@ -33,6 +36,8 @@ class Tracking(Section):
     """Weights & Biases project (needs the extra nemo-rmt[wandb]; WANDB_MODE=offline works)."""
     log_interval: PositiveInt = 10
     """Steps between lines on a terminal that is not interactive; metrics.jsonl has every step."""
+    samples: bool = False
+    """Write to samples.jsonl what every step was made of; for skipped steps skipped.jsonl has it anyway."""
 
 
 class Recipe(Section):

@@ -30,6 +30,11 @@ class Optim(Section):
     """Adam's second decay rate."""
     epsilon: PositiveFloat = 1e-8
     """Adam's epsilon."""
+    skip_spikes: PositiveFloat | None = None
+    """Skip steps whose loss or gradient norm is this many standard deviations above the mean of the last 128 steps; 6
+    is OLMo-core's. null: skip only what is not finite. Small batches have such steps all the time, and need them."""
+    max_skipped: PositiveInt = 5
+    """Stop the stage after this many skipped steps in a row."""
 
     @model_validator(mode="after")
     def _decay(self) -> Optim:

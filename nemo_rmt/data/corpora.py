@@ -15,6 +15,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
+from nemo_rmt import pulse
 from nemo_rmt.config import Corpus, Data, Section
 from nemo_rmt.data import chains, tables, text_files
 from nemo_rmt.data.options import Options, nearest, read_options
@@ -214,8 +215,11 @@ def _read(corpus: Corpus, download: bool = False) -> Iterator[str]:
         given = options(text_files.StdlibOptions)
         texts = text_files.stdlib_texts(given.part)
     pieces = (piece for text in texts for piece in text_files.cut(text, given.max_document_characters))
+    kept = (piece for piece in pieces if not piece.isspace() and piece)
     try:
-        yield from itertools.islice((piece for piece in pieces if not piece.isspace() and piece), corpus.num_documents)
+        for document in itertools.islice(kept, corpus.num_documents):
+            pulse.tick(f"reading corpus {corpus.name}")
+            yield document
     except OSError as error:
         raise UserError(f"{key}.path={corpus.path}: cannot be read: {error.strerror}") from None
 

@@ -13,7 +13,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from nemo_rmt import config
+from nemo_rmt import config, pulse
 from nemo_rmt.data.chat import ChatTemplate, check_messages
 from nemo_rmt.errors import UserError
 
@@ -242,6 +242,7 @@ def train_tokenizer(texts: Iterable[str], settings: config.Tokenizer, folder: Pa
     excerpt = list(_excerpt(texts, settings.training_characters))
     if not excerpt:
         raise UserError("the tokenizer has no text to train on: add a corpus to data.corpora, or set tokenizer.path")
+    pulse.tick(f"training a tokenizer on {len(excerpt)} texts")
     backend.train_from_iterator(excerpt, trainer)
     backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in thoughts])
     conventions = {"eos_token": EOD, "pad_token": PAD, "chat_template": settings.chat_template}
@@ -253,6 +254,7 @@ def train_tokenizer(texts: Iterable[str], settings: config.Tokenizer, folder: Pa
 def _excerpt(texts: Iterable[str], characters: int) -> Iterator[str]:
     """The first ``characters`` of texts, without the tags of thoughts: they become tokens without merges."""
     for text in texts:
+        pulse.tick("reading text for the tokenizer")
         yield from filter(None, re.split(f"{THINK}|{END_THINK}", text[:characters]))
         characters -= len(text)
         if characters <= 0:

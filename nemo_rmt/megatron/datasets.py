@@ -16,11 +16,13 @@ from pathlib import Path
 import numpy
 import torch
 import torch.distributed as dist
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from torch import Tensor
 
+from nemo_rmt import pulse
 from nemo_rmt.data.tokenizer import Tokenizer
 from nemo_rmt.errors import UserError
 
@@ -38,6 +40,7 @@ def write_dataset(prefix: Path, documents: Iterable[list[int]], vocab_size: int)
     count = tokens = 0
     for document in documents:
         builder.add_document(torch.tensor(document), [len(document)])
+        pulse.tick()
         count, tokens = count + 1, tokens + len(document)
     builder.finalize(f"{prefix}.idx")
     return count, tokens
@@ -91,7 +94,9 @@ class TrainingRows:
             create_attention_mask=False,
         )
         builder = BlendedMegatronDatasetBuilder(GPTDataset, [num_rows, 0, 0], lambda: True, config)
+        pulse.tick("building the index of the training rows")
         self.dataset = builder.build()[0]
+        pulse.tick("the index of the training rows is there")
         if dist.get_rank() == 0:
             (cache / "complete").touch()
 
@@ -99,6 +104,14 @@ class TrainingRows:
         """``[rows, sequence_length + 1]`` int64 tokens."""
         items = [self.dataset[index] for index in indices]
         return torch.stack([torch.cat([item["tokens"], item["labels"][-1:]]) for item in items])
+
+    def documents(self, index: int) -> list[tuple[Path, int]]:
+        """The documents that a row has tokens of, in its order: the dataset's prefix and the document's index there."""
+        part, row = self.dataset, index
+        if isinstance(part, BlendedDataset):  # which a single prefix is not
+            part, row = part.datasets[part.dataset_index[index]], part.dataset_sample_index[index]
+        _, documents = part._query_document_sample_shuffle_indices(row)  # what the dataset itself reads rows with
+        return [(Path(part.dataset_path), int(document)) for document in documents]
 
 
 def held_out_rows(prefix: Path, sequence_length: int, max_tokens: int) -> Tensor:
@@ -127,6 +140,7 @@ def token_counts(prefix: Path, vocab_size: int) -> numpy.ndarray:
     dataset = IndexedDataset(str(prefix))
     counts = numpy.zeros(vocab_size, dtype=numpy.int64)
     for index in range(len(dataset)):
+        pulse.tick()
         counts += numpy.bincount(numpy.asarray(dataset[index]), minlength=vocab_size)
     return counts
 
@@ -161,6 +175,7 @@ def pieces_of(
         )
     pieces, parts = [], []
     for document in order.tolist():
+        pulse.tick()
         size = int(kept[document])
         pieces += [(document, first, min(longest, size - first)) for first in range(0, size, longest)]
         parts.append(dataset[document][:size])

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from nemo_rmt import pulse
 from nemo_rmt.megatron.cache import Caches, caching
 from nemo_rmt.megatron.model import LogprobGPT, set_for_sampling
 
@@ -103,6 +104,7 @@ def generate(
             _forward_trunks(chunks, [document[:shared] for document in trunks.documents], device)
             caches.fork(torch.tensor(trunks.indices, device=device), starts[:, 0], width + limit)
         for step in range(limit):
+            pulse.tick(f"sampling token {step} of up to {limit} of {len(prompts)} responses")
             logits = _forward(chunks, tokens, positions, mask)
             drawn, logprobs = _draw(logits, uniform[rows, step], temperature, top_p)
             result.tokens[rows[running], step] = drawn[running]

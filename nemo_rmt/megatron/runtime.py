@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import os
 import random
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from nemo_rmt.errors import UserError
 from nemo_rmt.megatron.cpu import cuda_on_cpu
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+"""How long a rank waits for the others unless it is told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,11 @@ def _environment() -> tuple[int, int, int]:
 
 
 @contextlib.contextmanager
-def distributed(parallel: Parallel, seed: int) -> Iterator[Layout]:
+def distributed(parallel: Parallel, seed: int, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> Iterator[Layout]:
     """Join the process group and lay the model-parallel groups; leave both when the block ends.
 
-    NCCL with a GPU per process, gloo on the CPU otherwise. Raises UserError when the number of processes is no
-    multiple of the model-parallel size.
+    NCCL with a GPU per process, gloo on the CPU otherwise. timeout: of every collective. Raises UserError when the
+    number of processes is no multiple of the model-parallel size.
     """
     rank, world, local = _environment()
     model_size = parallel.tensor * parallel.pipeline * parallel.context
@@ -72,7 +74,7 @@ def distributed(parallel: Parallel, seed: int) -> Iterator[Layout]:
             store=store,
             rank=rank,
             world_size=world,
-            timeout=COLLECTIVE_TIMEOUT,
+            timeout=timeout,
         )
         try:
             parallel_state.initialize_model_parallel(
@@ -80,6 +82,8 @@ def distributed(parallel: Parallel, seed: int) -> Iterator[Layout]:
                 pipeline_model_parallel_size=parallel.pipeline,
                 virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
                 context_parallel_size=parallel.context,
+                # Megatron makes the groups with a timeout of its own, 30 minutes, not with the world's.
+                distributed_timeout_minutes=max(1, round(timeout.total_seconds() / 60)),
             )
             # Pipeline stages must not begin with the same weights; data- and tensor-parallel ranks must agree.
             own_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
@@ -129,6 +133,15 @@ def max_over_data_parallel(value: float) -> float:
     largest = torch.tensor(value, dtype=torch.float64, device=torch.cuda.current_device())
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
     return largest.item()
+
+
+def max_over_ranks(values: list[float]) -> list[float]:
+    """The largest of all ranks' numbers at each place. One that is not finite counts as infinity: what a maximum makes
+    of NaN differs between backends."""
+    numbers = [value if math.isfinite(value) else math.inf for value in values]
+    largest = torch.tensor(numbers, dtype=torch.float64, device=torch.cuda.current_device())
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
 
 
 def gather_over_data_parallel(items: list) -> list:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -13,14 +12,16 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from nemo_rmt import pulse
 from nemo_rmt.config import Model, Optim, Parallel
 from nemo_rmt.data.batch import TokenBatch
 from nemo_rmt.megatron.attention import row_structure
 from nemo_rmt.megatron.cpu import redirected
+from nemo_rmt.megatron.guard import Guard
 from nemo_rmt.megatron.head import TokenScores
 from nemo_rmt.megatron.model import LogprobGPT
 from nemo_rmt.megatron.optimizer import build_optimizer, build_scheduler
-from nemo_rmt.megatron.runtime import broadcast_from_last_stage
+from nemo_rmt.megatron.runtime import broadcast_from_last_stage, max_over_ranks
 from nemo_rmt.objectives import LossOutput
 
 Objective = Callable[[TokenScores, TokenBatch], LossOutput]
@@ -75,8 +76,10 @@ class ScoredModel:
         forward_only: bool,
     ) -> list:
         """Send micro-batches through Megatron's schedule; what ``loss`` returned on the last stage, else []."""
+        doing = f"{'scoring' if forward_only else 'training on'} {len(micro_batches)} micro-batches"
 
         def forward_step(batches: Iterator[TokenBatch], model: nn.Module):
+            pulse.tick(doing)
             micro = next(batches)
             output = model(
                 micro.tokens,
@@ -140,6 +143,7 @@ class TrainedModel(ScoredModel):
         super().__init__(wrapped, parallel)
         self.optimizer = build_optimizer(optim, model, parallel, wrapped)
         self.scheduler = build_scheduler(optim, self.optimizer, steps)
+        self.guard = Guard(optim.skip_spikes)
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
         if parallel.overlap:
@@ -158,8 +162,9 @@ class TrainedModel(ScoredModel):
 
         The gradient is that of the summed loss over the summed token count of all ranks. ``temperature`` and
         ``with_entropy`` are those of ``score``. Returns the objective's metrics as means, with ``grad_norm`` and the
-        ``lr`` used, the same on every rank. Raises FloatingPointError when the loss or the gradient is not finite; the
-        last checkpoint is then the last good state.
+        ``lr`` used, the same on every rank.
+
+        A step that ``guard`` does not accept advances the schedule alone: weights and Adam's moments stay as they are.
         """
 
         def loss(scores: TokenScores, micro: TokenBatch):
@@ -172,14 +177,15 @@ class TrainedModel(ScoredModel):
         outputs = self._run(micro_batches, loss, temperature=temperature, with_entropy=with_entropy, forward_only=False)
         metrics = reduce_metrics(outputs)
         lr = self.optimizer.param_groups[0]["lr"]  # all have the same
-        if not math.isfinite(metrics.get("loss", 0.0)):
-            raise FloatingPointError(f"the loss is {metrics['loss']} at lr {lr}")
+        pulse.tick("the optimizer's step")
         with redirected():
-            succeeded, grad_norm, _ = self.optimizer.step()
-        if not succeeded or not math.isfinite(grad_norm or 0.0):
-            raise FloatingPointError(f"the gradient norm is {grad_norm} at lr {lr}")
+            self.optimizer.prepare_grads()
+            grad_norm = self.optimizer.get_grad_norm()
+        if self.guard.accepts(*max_over_ranks([metrics.get("loss", 0.0), grad_norm])):
+            with redirected():
+                self.optimizer.step()  # prepares and measures again, to the same numbers
         self.scheduler.step(1)
-        return {**metrics, "grad_norm": float(grad_norm or 0.0), "lr": float(lr)}
+        return {**metrics, "grad_norm": float(grad_norm), "lr": float(lr)}
 
 
 def reduce_metrics(outputs: list[dict[str, tuple[Tensor, Tensor]]]) -> dict[str, float | list[float]]:

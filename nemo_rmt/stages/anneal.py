@@ -6,8 +6,9 @@ from nemo_rmt.config import ReMiT
 from nemo_rmt.data.batch import TokenBatch
 from nemo_rmt.megatron.head import TokenScores
 from nemo_rmt.objectives import LossOutput, ntp_loss, remit_metrics, remit_weights, standard_deviation
-from nemo_rmt.stages.pretrain import corpus_batches, next_token
-from nemo_rmt.stages.session import Session, Training
+from nemo_rmt.stages.pretrain import CorpusBatches, next_token
+from nemo_rmt.stages.session import Session
+from nemo_rmt.stages.training import Training
 
 
 def remit_objective(settings: ReMiT):
@@ -42,7 +43,7 @@ def run(session: Session) -> None:
     weighted = settings.objective == "remit"
     # Annealing the same checkpoint again, in another iteration, sees the same rows in the same order.
     order = session.job.iteration if recipe.flywheel.start_from == "previous" else 0
-    batch_of = corpus_batches(session, "anneal", order)
+    batches = CorpusBatches(session, "anneal", order)
     scorers = {}
     if weighted:
         scorers["reference_logprobs"] = session.frozen_model(session.require_input("reference"))
@@ -51,7 +52,7 @@ def run(session: Session) -> None:
     objective = remit_objective(settings.remit) if weighted else next_token
     training = Training(session, start, with_optimizer=settings.resume_optimizer)
     for step in training.steps():
-        batch = batch_of(step)
+        batch = batches.batch(step)
         for name, model in scorers.items():
             scores = model.score(batch, settings.micro_batch_size)
             if scores is not None:  # the last pipeline stage, where the loss is
@@ -61,4 +62,5 @@ def run(session: Session) -> None:
             metrics["remit/weight_std"] = standard_deviation(
                 metrics["remit/weight_mean"], metrics.pop("remit/weight_square")
             )
-        training.record(metrics, tokens=settings.global_batch_size * settings.sequence_length)
+        tokens = settings.global_batch_size * settings.sequence_length
+        training.record(metrics, tokens=tokens, samples=lambda: batches.samples(step))

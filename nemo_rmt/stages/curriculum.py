@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_rmt import pulse
 from nemo_rmt.data.difficulty import require_tiers
 from nemo_rmt.data.positions import Asked, PositionSampler
 from nemo_rmt.objectives import tier_probabilities
 from nemo_rmt.stages.difficulty import tiers_of, training_scores
 from nemo_rmt.stages.reasoning import Question, require_room
 from nemo_rmt.stages.session import Session
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a document comes from."""
+
+    corpus: str
+    index: int
+    """Of the document in the corpus's dataset."""
+    first: int
+    """Where this piece of it begins."""
+
+    def position(self, position: int) -> str:
+        """The identity of a token of the piece."""
+        return f"{self.corpus}:{self.index}:{self.first + position}"
 
 
 class Curriculum:
@@ -54,12 +71,13 @@ class Curriculum:
     def skip(self, steps: int) -> None:
         """Go on after ``steps`` steps that an earlier start of the stage finished."""
         for step in range(steps):
+            pulse.tick("finding where the curriculum was")
             self.draw(step)
 
     def questions(
         self, asked: list[Asked], step: int, number_of_round: int, limit: int
-    ) -> tuple[list[list[int]], list[Question]]:
-        """This data-parallel rank's documents, each once, and the questions about them.
+    ) -> tuple[list[list[int]], list[Question], list[Origin]]:
+        """This data-parallel rank's documents, each once, the questions about them, and where each document is from.
 
         asked: one round's positions, over all ranks. limit: how many of them to ask for.
         """
@@ -73,7 +91,10 @@ class Curriculum:
                     number, limit = number + 1, limit - 1
         documents: list[list[int]] = []
         questions: list[Question] = []
+        origins: list[Origin] = []
         for corpus, document in list(by_document)[layout.data_rank :: layout.data_size]:
             questions += [Question(len(documents), *rest) for rest in by_document[corpus, document]]
             documents.append(self.corpora[corpus].document(document))
-        return documents, questions
+            index, first, _ = self.corpora[corpus].pieces[document].tolist()
+            origins.append(Origin(self.corpora[corpus].name, index, first))
+        return documents, questions, origins

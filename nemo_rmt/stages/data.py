@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy
 
+from nemo_rmt import pulse
 from nemo_rmt.config import Corpus
 from nemo_rmt.data.corpora import check_corpus, documents, mixture
 from nemo_rmt.data.seeds import derived_seed
@@ -87,6 +88,7 @@ def encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
     """Token ids of each text, ended with the end-of-document token."""
     texts = iter(texts)
     while batch := list(itertools.islice(texts, ENCODED_AT_ONCE)):
+        pulse.tick("tokenizing documents")
         for tokens in tokenizer.encode_batch(batch):
             yield [*tokens, tokenizer.eod]
 

@@ -12,7 +12,6 @@ import torch
 from nemo_rmt.config import TIERS
 from nemo_rmt.data.batch import TokenBatch
 from nemo_rmt.data.tasks import Problem, TaskFamily, guarded_score
-from nemo_rmt.megatron.checkpoint import load_weights
 from nemo_rmt.megatron.datasets import held_out_rows
 from nemo_rmt.megatron.runtime import broadcast_from_last_stage, gather_over_data_parallel, sum_over_data_parallel
 from nemo_rmt.megatron.train_step import ScoredModel
@@ -38,8 +37,7 @@ def run(session: Session) -> None:
         if model is None:
             model = session.frozen_model(checkpoint)
         else:
-            session.require_compatible(checkpoint)
-            load_weights(checkpoint, model.modules)
+            session.load_weights(checkpoint, model.modules)
         language, scored = evaluate_text(session, model)
         tasks, sampled = evaluate_tasks(session, model)
         reasoned, thought = positions.measure(model) if positions else ({}, 0)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from nemo_rmt.data.batch import TokenBatch
 from nemo_rmt.megatron.head import TokenScores
 from nemo_rmt.objectives import LossOutput, ntp_loss
-from nemo_rmt.stages.session import Session, Training
+from nemo_rmt.stages.session import Session
+from nemo_rmt.stages.training import Training
 
 
 def next_token(scores: TokenScores, batch: TokenBatch) -> LossOutput:
@@ -15,27 +14,40 @@ def next_token(scores: TokenScores, batch: TokenBatch) -> LossOutput:
     return ntp_loss(scores.logprobs, batch.loss_mask)
 
 
-def corpus_batches(session: Session, *names: str | int) -> Callable[[int], TokenBatch]:
-    """A function from step to this rank's rows of the stage's blend, in an order fixed by the seed and ``names``."""
-    settings = session.settings
-    rows = session.training_rows(settings, *names)
+class CorpusBatches:
+    """This rank's rows of the stage's blend by step, in an order fixed by the seed and ``names``."""
 
-    def batch(step: int) -> TokenBatch:
-        first = step * settings.global_batch_size
-        tokens = rows.rows(first + index for index in session.shard(settings.global_batch_size))
+    def __init__(self, session: Session, *names: str | int):
+        self.session = session
+        self.rows = session.training_rows(session.settings, *names)
+
+    def batch(self, step: int) -> TokenBatch:
+        """The rows of a step, from 0."""
+        tokens = self.rows.rows(self._indices(step)).to(self.session.layout.device)
         return TokenBatch.from_documents(
-            tokens.to(session.layout.device), session.tokenizer.eod, session.recipe.data.document_attention
+            tokens, self.session.tokenizer.eod, self.session.recipe.data.document_attention
         )
 
-    return batch
+    def samples(self, step: int) -> list[tuple[int, str]]:
+        """Every document that each row of a step has tokens of, as "corpus:document", by the row's index."""
+        return [
+            (index, f"{prefix.parent.name}:{document}")
+            for index in self._indices(step)
+            for prefix, document in self.rows.documents(index)
+        ]
+
+    def _indices(self, step: int) -> list[int]:
+        size = self.session.settings.global_batch_size
+        return [step * size + index for index in self.session.shard(size)]
 
 
 def run(session: Session) -> None:
     """Train from initial weights."""
     settings = session.settings
-    batch_of = corpus_batches(session, "pretrain")
+    batches = CorpusBatches(session, "pretrain")
     training = Training(session, start=None)
     for step in training.steps():
-        batch = batch_of(step)
+        batch = batches.batch(step)
         metrics = training.model.train_step(batch.micro_batches(settings.micro_batch_size), next_token)
-        training.record(metrics, tokens=settings.global_batch_size * settings.sequence_length)
+        tokens = settings.global_batch_size * settings.sequence_length
+        training.record(metrics, tokens=tokens, samples=lambda: batches.samples(step))

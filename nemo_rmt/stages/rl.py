@@ -16,7 +16,8 @@ from nemo_rmt.objectives import LossOutput, group_advantages, standard_deviation
 from nemo_rmt.rollout.engine import Rollout, Sampling
 from nemo_rmt.rollout.in_process import InProcessEngine
 from nemo_rmt.stages.policy import attach, largest_error, policy_loss
-from nemo_rmt.stages.session import Session, Training
+from nemo_rmt.stages.session import Session
+from nemo_rmt.stages.training import Training
 
 
 @dataclass
@@ -64,16 +65,24 @@ def run(session: Session) -> None:
             metrics = training.model.train_step(micro_batches, objective, temperature=temperature, with_entropy=True)
         metrics["train/rollout_logprob_error_max"] = largest_error(micro_batches)
         rollout_metrics, tokens = summarise(session, scored)
-        training.record({**metrics, **rollout_metrics}, tokens=tokens)
+        training.record(
+            {**metrics, **rollout_metrics},
+            tokens=tokens,
+            samples=lambda: [(index, f"{task.name}:{index}") for index, task in turns(session, step)],
+        )
+
+
+def turns(session: Session, step: int) -> list[tuple[int, TaskFamily]]:
+    """The indices of this rank's problems of a step, one per group, and the tasks they are of, which take turns."""
+    groups = session.settings.global_batch_size // session.recipe.rl.grpo.samples_per_group
+    indices = [step * groups + index for index in session.shard(groups)]
+    return [(index, session.tasks[index % len(session.tasks)]) for index in indices]
 
 
 def draw_problems(session: Session, step: int) -> list[tuple[TaskFamily, Problem]]:
-    """This rank's problems of a step, one per group, the tasks in turn."""
-    groups = session.settings.global_batch_size // session.recipe.rl.grpo.samples_per_group
+    """This rank's problems of a step."""
     seed = session.seed("rl", session.job.iteration)
-    indices = [step * groups + index for index in session.shard(groups)]
-    tasks = [session.tasks[index % len(session.tasks)] for index in indices]
-    return [(task, task.problem("train", seed, index)) for task, index in zip(tasks, indices, strict=True)]
+    return [(task, task.problem("train", seed, index)) for index, task in turns(session, step)]
 
 
 def sample_and_score(

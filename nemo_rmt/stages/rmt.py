@@ -19,11 +19,12 @@ from nemo_rmt.megatron.runtime import max_over_data_parallel, sum_over_data_para
 from nemo_rmt.objectives import LossOutput, group_advantages, ntp_loss, rmt_loss, standard_deviation
 from nemo_rmt.rollout.engine import RolloutEngine
 from nemo_rmt.rollout.in_process import InProcessEngine
-from nemo_rmt.stages.curriculum import Curriculum
+from nemo_rmt.stages.curriculum import Curriculum, Origin
 from nemo_rmt.stages.policy import attach, largest_error, policy_loss
 from nemo_rmt.stages.pretrain import next_token
 from nemo_rmt.stages.reasoning import Answers, Question, ask, rewards_of, step_budget
-from nemo_rmt.stages.session import Session, Training
+from nemo_rmt.stages.session import Session
+from nemo_rmt.stages.training import Training
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Round:
     """float32 ``[questions, samples]``, before weighting."""
     advantages: Tensor
     """float32 ``[questions, samples]``."""
+    origins: list[Origin]
+    """Where each document is from."""
 
     @property
     def varied(self) -> list[bool]:
@@ -71,7 +74,16 @@ def run(session: Session) -> None:
             metrics = training.model.train_step(micro_batches, objective, temperature=temperature, with_entropy=True)
         metrics["train/rollout_logprob_error_max"] = largest_error(micro_batches)
         metrics |= summarise(session, rounds, step, curriculum.probabilities(step))
-        training.record(metrics, tokens=totals["tokens"])
+        training.record(
+            metrics,
+            tokens=totals["tokens"],
+            samples=lambda: [each for asked in rounds for each in positions(asked.questions, asked.origins)],
+        )
+
+
+def positions(questions: list[Question], origins: list[Origin]) -> list[tuple[int, str]]:
+    """The tokens asked for as "corpus:document:position", by the question's number."""
+    return [(question.number, origins[question.document].position(question.position)) for question in questions]
 
 
 def think(session: Session, engine: RolloutEngine, curriculum: Curriculum, step: int) -> list[Round]:
@@ -82,7 +94,7 @@ def think(session: Session, engine: RolloutEngine, curriculum: Curriculum, step:
     rounds: list[Round] = []
     missing = settings.global_batch_size
     for number, asked in enumerate(curriculum.draw(step)):
-        documents, questions = curriculum.questions(asked, step, number, missing)
+        documents, questions, origins = curriculum.questions(asked, step, number, missing)
         answers = ask(
             settings,
             session.tokenizer,
@@ -97,7 +109,7 @@ def think(session: Session, engine: RolloutEngine, curriculum: Curriculum, step:
         )
         rewards, length_rewards = rewards_of(answers, settings, budget)
         advantages = group_advantages(rewards, normalize_std=settings.grpo.normalize_std)
-        rounds.append(Round(documents, questions, answers, rewards, length_rewards, advantages))
+        rounds.append(Round(documents, questions, answers, rewards, length_rewards, advantages, origins))
         varied = sum_over_data_parallel({"varied": sum(rounds[-1].varied)})["varied"]
         missing -= int(varied)
         if not missing:
@@ -197,10 +209,15 @@ def next_tokens_only(session: Session, training: Training, curriculum: Curriculu
     """The baseline: next-token prediction on the documents RMT would have asked about."""
     settings = session.settings
     for step in training.steps():
-        documents, _ = curriculum.questions(curriculum.draw(step)[0], step, 0, settings.global_batch_size)
+        asked = curriculum.draw(step)[0]
+        documents, questions, origins = curriculum.questions(asked, step, 0, settings.global_batch_size)
         batch, totals = pack(session, [TokenTree(document, []) for document in documents])
         metrics = training.model.train_step(batch.micro_batches(settings.micro_batch_size), next_token)
-        training.record({**metrics, "ntp/loss": metrics["loss"]}, tokens=totals["tokens"])
+        training.record(
+            {**metrics, "ntp/loss": metrics["loss"]},
+            tokens=totals["tokens"],
+            samples=lambda: positions(questions, origins),
+        )
 
 
 def summarise(session: Session, rounds: list[Round], step: int, targets: tuple[float, ...]) -> dict[str, float]:

@@ -1,26 +1,26 @@
-"""What every stage has at hand: its job, its place in the layout, its data, models, checkpoints and metrics."""
+"""What every stage has at hand: its job, its place in the layout, its data and models."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from nemo_rmt.compatibility import IMPORTED, model_vocab_size, require_compatible
+from torch import nn
+
+from nemo_rmt.compatibility import model_vocab_size, require_compatible
 from nemo_rmt.config import Recipe, Stage
 from nemo_rmt.data.batch import TokenBatch
 from nemo_rmt.data.seeds import derived_seed
 from nemo_rmt.data.tasks import TaskFamily, make_task
 from nemo_rmt.data.tokenizer import Tokenizer
 from nemo_rmt.errors import UserError
-from nemo_rmt.megatron.checkpoint import Checkpoints, load_training, load_weights
+from nemo_rmt.manifest import CheckpointInfo
+from nemo_rmt.megatron.checkpoint import load_weights, require_sound
 from nemo_rmt.megatron.datasets import TrainingRows, dataset_exists
 from nemo_rmt.megatron.model import build_model
 from nemo_rmt.megatron.runtime import Layout
-from nemo_rmt.megatron.train_step import ScoredModel, TrainedModel
-from nemo_rmt.run_folder import CheckpointInfo, latest_checkpoint, write_json
+from nemo_rmt.megatron.train_step import ScoredModel
+from nemo_rmt.run_folder import write_json
 from nemo_rmt.stages.job import StageJob
-from nemo_rmt.tracking import Metrics
 
 
 class Session:
@@ -38,6 +38,7 @@ class Session:
         self.data_folder = self.require_input("data")
         self.tokenizer = Tokenizer.load(self.data_folder / "tokenizer", self.recipe.tokenizer.chat_template)
         self.tasks: list[TaskFamily] = [make_task(task) for task in self.recipe.data.tasks]
+        self._sound: set[Path] = set()
 
     @property
     def vocab_size(self) -> int:
@@ -108,12 +109,24 @@ class Session:
 
     def frozen_model(self, checkpoint: Path) -> ScoredModel:
         """A model for forward passes only, in this run's layout."""
-        self.require_compatible(checkpoint)
+        self.require_compatible(checkpoint)  # before time is spent on building it
         chunks = build_model(self.recipe.model, self.recipe.parallel, self.vocab_size)
-        load_weights(checkpoint, chunks)
+        self.load_weights(checkpoint, chunks)
         for chunk in chunks:
             chunk.requires_grad_(False)
         return ScoredModel(chunks, self.recipe.parallel)
+
+    def load_weights(self, checkpoint: Path, modules: list[nn.Module]) -> None:
+        """Load another stage's weights. Raises UserError when the checkpoint does not fit this run, or is damaged."""
+        self.require_compatible(checkpoint)
+        self.require_sound(checkpoint)
+        load_weights(checkpoint, modules)
+
+    def require_sound(self, checkpoint: Path) -> None:
+        """Raise UserError unless every file's checksum holds. Collective; reads each checkpoint once."""
+        if checkpoint not in self._sound:
+            require_sound(checkpoint)
+            self._sound.add(checkpoint)
 
     def require_compatible(self, checkpoint: Path) -> CheckpointInfo:
         """Raise UserError unless a checkpoint fits this run's architecture and tokenizer."""
@@ -127,96 +140,3 @@ class Session:
         relative = None if checkpoint is None else str(checkpoint.resolve().relative_to(run_dir))
         result = {"status": "done", "metrics": metrics, "checkpoint": relative}
         write_json(self.folder / "result.json", {**result, "wall_s": round(wall_s, 3), "tokens": tokens})
-
-
-class Training:
-    """A stage's training loop around its steps: resume, log, checkpoint.
-
-    Args:
-        session: the stage's session.
-        start: checkpoint whose weights training starts from; None: initial weights.
-        with_optimizer: take the optimizer's state from ``start`` too.
-        updates_per_step: optimizer updates in one step of the loop.
-    """
-
-    def __init__(
-        self, session: Session, start: Path | None, *, with_optimizer: bool = False, updates_per_step: int = 1
-    ):
-        self.session = session
-        recipe, self.settings = session.recipe, session.settings
-        if start is not None and session.require_compatible(start).stage == IMPORTED and with_optimizer:
-            raise UserError(
-                f"checkpoint {start} was imported and has no optimizer state: set "
-                f"{session.job.stage}.resume_optimizer=false"
-            )
-        chunks = build_model(recipe.model, recipe.parallel, session.vocab_size)
-        resumed = latest_checkpoint(session.folder)
-        if start is not None and resumed is None and not with_optimizer:
-            load_weights(start, chunks)  # before the optimizer copies them into its fp32 main parameters
-        updates = self.settings.steps * updates_per_step
-        self.model = TrainedModel(chunks, recipe.model, recipe.parallel, self.settings.optim, updates)
-        self.done, self.tokens, self.wall_s = 0, 0, 0.0
-        self.metrics: dict[str, float] = {}
-        if resumed is not None:
-            progress = load_training(resumed, self.model, with_schedule=True)
-            self.done, self.tokens, self.wall_s = progress["step"], progress["tokens"], progress["wall_s"]
-            self.metrics = progress["metrics"]  # the result's, when the last step was saved but the result was not
-        elif start is not None and with_optimizer:
-            load_training(start, self.model, with_schedule=False)
-        self.checkpoints = Checkpoints(
-            session.folder / "checkpoints",
-            keep=recipe.flywheel.keep_checkpoints,
-            asynchronous=recipe.flywheel.async_save,
-            identity={
-                "stage": session.job.stage,
-                "iteration": session.job.iteration,
-                "model": recipe.model.model_dump(mode="json"),
-                "vocab_size": session.vocab_size,
-                "tokenizer": session.tokenizer.fingerprint,
-            },
-        )
-        self.last: Path | None = resumed
-
-    def steps(self) -> Iterator[int]:
-        """The steps still to do, from 0. After each the caller must have called ``record``; ends with result.json."""
-        title = f"{self.session.job.iteration}/{self.session.job.stage}"
-        with Metrics(
-            self.session.folder,
-            self.session.recipe.tracking,
-            title=title,
-            total_steps=self.settings.steps,
-            resume_step=self.done,
-            enabled=self.session.layout.rank == 0,
-        ) as self.tracker:
-            self.clock = time.perf_counter()
-            for step in range(self.done, self.settings.steps):
-                yield step
-                if self.done != step + 1:
-                    raise RuntimeError(f"step {step} ended without a record")
-                self.checkpoints.poll()
-                if self.done % self.settings.checkpoint_interval == 0 or self.done == self.settings.steps:
-                    progress = {"tokens": self.tokens, "wall_s": self.wall_s, "metrics": self.metrics}
-                    self.last = self.checkpoints.save(self.done, self.model, progress)
-            self.checkpoints.finish()
-        self.session.finish(self.metrics, checkpoint=self.last, wall_s=self.wall_s, tokens=self.tokens)
-
-    def record(self, metrics: dict[str, float], *, tokens: int) -> None:
-        """Log one finished step.
-
-        Args:
-            metrics: by "group/name", or bare names for the group "train". Lists (histograms) become name_00, ...
-            tokens: tokens the step processed over all ranks.
-        """
-        now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
-        self.done, self.tokens, self.wall_s = self.done + 1, self.tokens + tokens, self.wall_s + seconds
-        flat: dict[str, float] = {}
-        for name, value in metrics.items():
-            name = name if "/" in name else f"train/{name}"
-            if isinstance(value, list):
-                flat.update({f"{name}_{index:02d}": entry for index, entry in enumerate(value)})
-            else:
-                flat[name] = value
-        flat |= {"train/tokens": self.tokens, "train/tokens_per_s": tokens / seconds, "train/step_s": seconds}
-        self.metrics = {name: value for name, value in flat.items() if not name.startswith("remit/weight_hist")}
-        self.tracker.log(self.done, flat)

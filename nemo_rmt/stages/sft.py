@@ -5,7 +5,8 @@ from __future__ import annotations
 from nemo_rmt.data.sft import SFTExamples
 from nemo_rmt.megatron.runtime import sum_over_data_parallel
 from nemo_rmt.stages.pretrain import next_token
-from nemo_rmt.stages.session import Session, Training
+from nemo_rmt.stages.session import Session
+from nemo_rmt.stages.training import Training
 
 
 def run(session: Session) -> None:
@@ -20,4 +21,4 @@ def run(session: Session) -> None:
         batch = session.padded_batch(rows, settings.sequence_length)
         metrics = training.model.train_step(batch.micro_batches(settings.micro_batch_size), next_token)
         tokens = sum_over_data_parallel({"tokens": sum(len(tokens) for tokens, _ in rows)})["tokens"]
-        training.record(metrics, tokens=int(tokens))
+        training.record(metrics, tokens=int(tokens), samples=lambda: [(i, f"sft:{i}") for i in mine])

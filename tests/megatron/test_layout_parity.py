@@ -34,6 +34,7 @@ def write_jobs(run: Path, name: str, processes: int, parallel: dict) -> list[Pat
         cluster={"gpus_per_node": processes},
         flywheel={"keep_checkpoints": 2},
         rl={"grpo": {"samples_per_group": 4, "kl_coefficient": 0.1}},
+        tracking={"samples": True},
     )
     recipe.anneal.checkpoint_interval = 3
     start = {"data": "iteration_000/data", "checkpoint": "start/pretrain/checkpoints/step_00000005"}
@@ -93,6 +94,13 @@ def test_losses_and_gradient_norms_equal_one_rank(run, layout, arm):
     expected, found = (losses(run / name / arm / "stage.yaml") for name in ("one_rank", layout))
     for name, values in expected.items():
         assert found[name] == pytest.approx(values, rel=TOLERANCE, abs=1e-7), name
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_samples_of_every_step_equal_one_ranks(run, layout, arm):
+    expected, found = ((run / name / arm / "samples.jsonl").read_text() for name in ("one_rank", layout))
+    assert found == expected
+    assert [len(json.loads(line)["samples"]) > 0 for line in found.splitlines()] == [True] * 5
 
 
 def test_evaluation_equals_one_rank(run, layout):

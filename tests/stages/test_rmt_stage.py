@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from nemo_rmt.config import Recipe
 from nemo_rmt.data.batch import TokenBatch
@@ -18,14 +19,17 @@ from nemo_rmt.megatron.train_step import TrainedModel
 from nemo_rmt.objectives import group_advantages
 from nemo_rmt.rollout.engine import Rollout
 from nemo_rmt.stages import pretrain, rmt
+from nemo_rmt.stages.curriculum import Curriculum, Origin
 from nemo_rmt.stages.job import StageJob
 from nemo_rmt.stages.pretrain import next_token
 from nemo_rmt.stages.reasoning import Answers, Question
-from nemo_rmt.stages.rmt import Round, dual_objective, pack, summarise, trees_of
-from nemo_rmt.stages.session import Session, Training
+from nemo_rmt.stages.rmt import Round, dual_objective, pack, positions, summarise, trees_of
+from nemo_rmt.stages.session import Session
+from nemo_rmt.stages.training import Training
 from nemo_rmt.tracking import read_metrics
 
 DOCUMENTS = [[10, 11, 12, 13, 14, 15], [20, 21, 22, 23]]
+ORIGINS = [Origin("chains", 17, 0), Origin("more", 3, 40)]
 QUESTIONS = [Question(0, 2, 0, 0), Question(0, 4, 2, 1), Question(1, 3, 2, 2)]
 BASE = "base/pretrain/checkpoints/step_00000005"
 
@@ -50,7 +54,9 @@ def run(recipe, data_folder, world, tmp_path_factory):
     pretrain.run(session("pretrain", folder / "base" / "pretrain", longer))
 
     def run(name: str, **changes) -> Path:
-        changed = Recipe.model_validate({**recipe.model_dump(), "rmt": {**recipe.rmt.model_dump(), **changes}})
+        given = recipe.model_dump()
+        given["tracking"] |= changes.pop("tracking", {})
+        changed = Recipe.model_validate({**given, "rmt": {**given["rmt"], **changes}})
         rmt.run(session("rmt", folder / name / "rmt", changed))
         return folder / name / "rmt"
 
@@ -81,7 +87,7 @@ def answered(rewards: list[list[float]]) -> Round:
         lengths=torch.tensor([thought.length for thought in thoughts]).view(-1, 2),
         formatted=torch.ones(3, 2),
     )
-    return Round(DOCUMENTS, QUESTIONS, answers, values, values / 2, group_advantages(values))
+    return Round(DOCUMENTS, QUESTIONS, answers, values, values / 2, group_advantages(values), ORIGINS)
 
 
 ALL_VARY = [[1.0, 0.0], [0.0, 1.0], [0.25, 1.0]]
@@ -318,6 +324,30 @@ def test_rpt_asks_for_hard_tokens_alone(run):
     for step in read_metrics(run("rpt", **changes) / "metrics.jsonl"):
         assert step["rmt/share_hard"] == 1 and "rmt/budget" not in step
         assert step["train/loss"] == pytest.approx(step["rl/loss"])
+
+
+def test_the_samples_of_a_step_are_the_corpus_positions_of_its_questions():
+    assert positions(QUESTIONS, ORIGINS) == [(0, "chains:17:2"), (1, "chains:17:4"), (2, "more:3:43")]
+
+
+@pytest.mark.parametrize("objective", ["rmt", "ntp"])
+def test_every_sample_is_the_token_that_was_asked_for(run, data_folder, monkeypatch, objective):
+    asked, datasets = [], {name: IndexedDataset(str(data_folder / name / "train")) for name in ("chains", "more")}
+    questions_of = Curriculum.questions
+
+    def questions(*arguments):
+        documents, questions, origins = questions_of(*arguments)
+        asked.append([(documents[each.document][each.position], each.number) for each in questions])
+        return documents, questions, origins
+
+    monkeypatch.setattr(Curriculum, "questions", questions)
+    folder = run(f"samples_{objective}", objective=objective, document_length=16, tracking={"samples": True})
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    for line, pairs in zip(lines, asked, strict=True):
+        places = [sample.split(":") for sample in line["samples"]]
+        found = [int(datasets[corpus][int(document)][int(position)]) for corpus, document, position in places]
+        assert found == [token for token, _ in sorted(pairs, key=lambda pair: pair[1])]
 
 
 def test_a_tier_without_tokens_is_refused_before_any_step(run):
