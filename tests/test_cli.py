@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 import time
@@ -10,16 +12,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_rmt import cli, flywheel, process
-from nemo_rmt.config import Recipe
+from nemo_rmt import cli, flywheel
 from nemo_rmt.recipe_io import load_recipe
 from nemo_rmt.stages.job import StageJob
+from nemo_rmt.status import ago
 
 FAKE_STAGE = Path(__file__).with_name("fake_stage.py")
 NO_TEXT = "data.corpora=[{name: programs, kind: chains}]"
 
 
-def fake(stage_yaml: Path, recipe: Recipe) -> list[str]:
+def fake(stage_yaml: Path) -> list[str]:
     return [sys.executable, str(FAKE_STAGE), str(stage_yaml)]
 
 
@@ -60,6 +62,8 @@ def nemo_rmt(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPr
         (["stage", "/does/not/exist.yaml"], "/does/not/exist.yaml"),
         (["stage", "stage.yaml", "tiny"], "takes no recipe"),
         (["report", "/tmp"], "not a run folder"),
+        (["status", "/tmp"], "not a run folder"),
+        (["status", "tinny"], "did you mean tiny"),
         (["recipes", "drop"], "list or show"),
         (["data", "tiny"], "data takes build"),
         (["import", "source=/does/not/exist"], "target="),
@@ -118,11 +122,60 @@ def test_a_flywheel_and_its_single_stages_share_the_run_folder(tmp_path, fake_st
     assert len(ran) == 13
 
 
+def test_the_status_of_a_run_that_does_not_exist_yet_is_pending_throughout(tmp_path, capsys):
+    assert cli.main(["status", "tiny", f"run_dir={tmp_path}/run", "iterations=1", "--plain"]) == 0
+    stages = ("data", "pretrain", "anneal", "rmt", "sft", "rl", "evaluate")
+    assert capsys.readouterr().out.splitlines() == [f"0\t{stage}\tpending" for stage in stages]
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_status_of_a_run_says_what_is_done_and_what_has_to_be_made_again(tmp_path, fake_stages, capsys):
+    recipe = ["tiny", f"run_dir={tmp_path}/run", NO_TEXT, "iterations=1"]
+    assert cli.main(["flywheel", *recipe]) == 0
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    capsys.readouterr()
+    assert cli.main(["status", f"{tmp_path}/moved", "--plain"]) == 0
+    assert {line.split("\t")[2] for line in capsys.readouterr().out.splitlines()} == {"done"}
+    state = tmp_path / "moved" / "state.json"
+    changed = json.loads(state.read_text())
+    changed["iterations"][0]["anneal"]["id"] = "made again"
+    state.write_text(json.dumps(changed))
+    assert cli.main(["status", *recipe, f"run_dir={tmp_path}/moved", "--plain"]) == 0
+    found = dict(line.split("\t")[1:] for line in capsys.readouterr().out.splitlines())
+    assert found["anneal"] == "done"
+    assert all(found[stage] == "outdated" for stage in ("rmt", "sft", "rl", "evaluate"))
+
+
+def test_the_status_of_a_stage_shows_how_far_it_is(tmp_path, fake_stages, capsys):
+    recipe = ["tiny", f"run_dir={tmp_path}/run", NO_TEXT]
+    assert cli.main(["data", "build", *recipe]) == 0
+    (tmp_path / "run" / "plan.json").write_text('{"0/pretrain": [{"save": 40, "exit": 3}, {"save": 80, "exit": 3}]}')
+    assert cli.main(["stage", "pretrain", *recipe]) == 1
+    assert cli.main(["stage", "pretrain", *recipe]) == 1
+    folder = tmp_path / "run" / "iteration_000" / "pretrain"
+    (folder / "metrics.jsonl").write_text(
+        f'{{"step": 81, "time": 1}}\n{{"step": 82, "time": {time.time() - 190}}}\n{{"st'
+    )
+    (folder / "skipped.jsonl").write_text('{"step": 5}\n{"step": 9}\n')
+    capsys.readouterr()
+    assert cli.main(["status", *recipe]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if "iteration 0 pretrain" in line)
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells == ["iteration 0 pretrain", "failed", "2", "82 / 1800", "step_00000080", "2", "3 min ago"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(-1, "0 s"), (59, "59 s"), (3599, "60 min"), (7 * 3600, "7.0 h"), (10**6, "11.6 days")]
+)
+def test_times_are_told_in_the_unit_that_fits(seconds, words):
+    assert ago(seconds) == words
+
+
 def test_a_failed_stage_is_exit_code_1(tmp_path, fake_stages, capfd):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "plan.json").write_text('{"0/data": 3}')
     assert cli.main(["flywheel", "tiny", f"run_dir={tmp_path}/run", NO_TEXT]) == 1
-    assert "nemo-rmt: iteration 0 data failed (exit status 3)" in capfd.readouterr().err
+    assert "nemo-rmt: iteration 0 data failed: rank 0 ended with exit status 3" in capfd.readouterr().err
 
 
 def test_a_saved_stage_runs_alone_in_a_folder_of_its_own(tmp_path, fake_stages, monkeypatch, capfd):
@@ -154,27 +207,3 @@ def test_a_wrong_stage_file_is_exit_code_2(tmp_path, capsys, change, words):
     path.write_text(yaml.safe_dump({**job, **change}))
     assert cli.main(["stage", str(path)]) == 2
     assert words in capsys.readouterr().err
-
-
-def test_one_process_needs_no_torchrun_and_several_use_it(tmp_path):
-    recipe = load_recipe("tiny", [], [])
-    assert process.worker_command(tmp_path / "s.yaml", recipe)[1:] == [
-        "-m",
-        "nemo_rmt.stages",
-        str(tmp_path / "s.yaml"),
-    ]
-    two = load_recipe("tiny", [], ["cluster.gpus_per_node=2", "parallel.tensor=2"])
-    command = process.worker_command(tmp_path / "s.yaml", two)
-    assert command[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
-
-def test_workers_get_their_share_of_the_cores_and_no_compiler_without_a_gpu(monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(process.os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
-    two = load_recipe("tiny", [], ["cluster.gpus_per_node=2", "parallel.tensor=2"])
-    assert process.worker_environment(two)["OMP_NUM_THREADS"] == "3"
-    assert process.worker_environment(two)["TORCH_COMPILE_DISABLE"] == "1"
-    two.cluster.threads = 1
-    assert process.worker_environment(two)["OMP_NUM_THREADS"] == "1"

@@ -1,0 +1,352 @@
+"""The scripts in slurm/, with stand-ins for Slurm's commands and for nemo-rmt: what they start, and how they end.
+
+tests/slurm has the same on a real Slurm.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SLURM = Path(__file__).parents[1] / "slurm"
+SCRIPTS = sorted(SLURM.glob("*.sh"))
+BATCH = [path for path in SCRIPTS if path.name not in ("launch.sh", "flywheel_14b.sh")]
+CHAIN = "0 data|0 pretrain|0 anneal|0 rmt|0 sft|0 rl|0 evaluate|1 anneal|1 rmt|1 sft|1 rl|1 evaluate".split("|")
+
+STAND_INS = {
+    # runs what follows its options once, in place of a task on every node
+    "srun": """
+        if [ "$1" = --help ]; then cat "$WORK/srun_help" 2>/dev/null; exit 0; fi
+        echo "srun $*" >>"$WORK/calls"
+        while [ "$1" != nemo-rmt ]; do shift; done
+        exec "$@"
+    """,
+    "scontrol": """
+        case "$1 $2" in
+            "show hostnames") printf 'n1\\nn2\\n' ;;
+            "show node") echo "NodeName=$3 NodeAddr=10.0.0.1 NodeHostName=host" ;;
+            "show job") echo "   JobState=$(cat "$WORK/job_state") Reason=None" ;;
+            *) echo "scontrol $*" >>"$WORK/calls" ;;
+        esac
+    """,
+    "squeue": 'cat "$WORK/queue"',
+    "sbatch": """
+        case "$*" in *"$(cat "$WORK/refused")"*) echo 'sbatch: error: invalid partition' >&2; exit 1 ;; esac
+        [ "$1" != --test-only ] || exit 0
+        id=$(($(cat "$WORK/last_id") + 1)); echo $id >"$WORK/last_id"; echo $id
+        echo "iteration=$ITERATION $*" >>"$WORK/submitted"
+    """,
+    "nemo-rmt": """
+        case "$1" in
+            status) cat "$WORK/status" ;;
+            recipes) echo "run_dir: $WORK/run" ;;
+            plan) echo "nemo-rmt $*" >>"$WORK/calls"; exit "$(cat "$WORK/plan")" ;;
+            report) echo "nemo-rmt $*" >>"$WORK/calls" ;;
+            stage) echo "nemo-rmt $* MASTER_ADDR=$MASTER_ADDR" >>"$WORK/calls"; . "$WORK/stage" ;;
+        esac
+    """,
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A folder with the stand-ins and what they read and write."""
+
+    work: Path
+
+    def write(self, **files: str) -> None:
+        for name, text in files.items():
+            (self.work / name).write_text(text + "\n")
+
+    def status(self, **done: str) -> None:
+        """Stages of the run; those done by iteration: _0="data rmt"."""
+        stages = [stage.split() for stage in CHAIN]
+        self.write(
+            status="\n".join(
+                f"{k}\t{name}\t{'done' if name in done.get(f'_{k}', '') else 'pending'}" for k, name in stages
+            )
+        )
+
+    def environment(self, **values: str) -> dict[str, str]:
+        """What a job, or a login node, has besides."""
+        bin_folder = self.work / "venv" / "bin"
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
+        base = {
+            "PATH": f"{bin_folder}:{os.environ['PATH']}",
+            "WORK": str(self.work),
+            "VENV": str(self.work / "venv"),
+            "NEMO_RMT_HOME": str(SLURM.parent),
+            "RECIPE": "tiny",
+            "RUN_DIR": str(self.work / "run"),
+        }
+        return {**kept, **base, **values}
+
+    def job(self, script: str, *words: str, **values: str) -> tuple[int, list[str]]:
+        """Run a batch script as a job on two nodes; its exit code and log."""
+        allocation = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
+        with (self.work / "log").open("w") as log:
+            done = subprocess.run(
+                ["bash", str(SLURM / f"{script}_14b.sh"), *words],
+                env=self.environment(**allocation, **values),
+                stdout=log,
+                stderr=log,
+                timeout=60,
+                check=False,
+            )
+        return done.returncode, (self.work / "log").read_text().splitlines()
+
+    def flywheel(self, *words: str, **values: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", str(SLURM / "flywheel_14b.sh"), *words],
+            env=self.environment(**values),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def lines(self, name: str, word: str = "") -> list[str]:
+        path = self.work / name
+        return [line for line in path.read_text().splitlines() if word in line] if path.exists() else []
+
+
+@pytest.fixture
+def site(tmp_path) -> Site:
+    """Nothing is done yet, nothing is queued, every stage succeeds."""
+    bin_folder = tmp_path / "venv" / "bin"
+    bin_folder.mkdir(parents=True)
+    for name, text in STAND_INS.items():
+        (bin_folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (bin_folder / name).chmod(0o755)
+    made = Site(tmp_path)
+    made.write(job_state="RUNNING", queue="", last_id="100", plan="0", stage="exit 0", refused="nothing is")
+    made.status()
+    return made
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_valid_bash(script):
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run(["shellcheck", "-x", script.name], cwd=SLURM, capture_output=True, text=True, check=False)
+    assert done.stdout == ""
+
+
+def test_batch_scripts_ask_for_the_same_but_for_their_names():
+    def asked(path: Path) -> list[str]:
+        return [line for line in path.read_text().splitlines() if re.match("#SBATCH (?!--job-name)", line)]
+
+    assert len(BATCH) == 5
+    assert all(asked(path) == asked(BATCH[0]) for path in BATCH)
+
+
+def test_a_script_that_does_not_find_the_launcher_says_what_to_set(tmp_path):
+    env = {name: value for name, value in os.environ.items() if name not in ("NEMO_RMT_HOME", "SLURM_SUBMIT_DIR")}
+    command = ["bash", str(SLURM / "rmt_14b.sh")]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "set NEMO_RMT_HOME" in done.stderr
+
+
+def test_a_job_makes_the_data_first_and_runs_its_stages_on_all_nodes_in_order(site):
+    code, log = site.job(
+        "posttrain", "sft.steps=3", ITERATION="1", OVERRIDES="seed=4 rl.steps=2", SLURM_GPUS_ON_NODE="4"
+    )
+    assert code == 0
+    recipe = f"tiny seed=4 rl.steps=2 sft.steps=3 run_dir={site.work}/run cluster.nodes=2 cluster.gpus_per_node=4"
+    assert site.lines("calls", "nemo-rmt plan")[-1] == f"nemo-rmt plan {recipe}"
+    assert [line for line in site.lines("calls") if line.startswith("nemo-rmt stage")] == [
+        f"nemo-rmt stage data {recipe} --iteration 0 MASTER_ADDR=10.0.0.1",
+        f"nemo-rmt stage sft {recipe} --iteration 1 MASTER_ADDR=10.0.0.1",
+        f"nemo-rmt stage rl {recipe} --iteration 1 MASTER_ADDR=10.0.0.1",
+    ]
+    assert all(
+        "--nodes=2 --ntasks=2 --ntasks-per-node=1" in line for line in site.lines("calls", "srun") if "stage" in line
+    )
+    assert log[0].startswith("nemo-rmt job 7: start 1: sft rl of tiny, iteration 1, on 2 node(s) n[1-2]")
+    assert log[-1] == "nemo-rmt job 7: ended with exit code 0: done"
+
+
+def test_a_job_runs_only_what_is_not_done_and_evaluation_writes_the_report(site):
+    site.status(_0="data sft evaluate")
+    assert site.job("posttrain")[0] == 0
+    assert [line.split()[2] for line in site.lines("calls") if line.startswith("nemo-rmt stage")] == ["rl"]
+    assert not site.lines("calls", "nemo-rmt report")
+    assert site.job("evaluate")[0] == 0
+    assert len(site.lines("calls", "nemo-rmt stage")) == 2  # srun's and its own line of rl
+    assert site.lines("calls")[-1].startswith("nemo-rmt report tiny")
+
+
+def test_pre_training_is_iteration_0s_and_a_missing_stage_is_wrong_input(site):
+    assert site.job("pretrain", ITERATION="1")[0] == 0
+    assert "--iteration 0" in site.lines("calls", "stage pretrain")[0]
+    code, log = site.job("rmt", ITERATION="5")
+    assert code == 2
+    assert log[-1].endswith("the recipe has no such stage in iteration 5: rmt")
+
+
+def test_a_plan_that_does_not_fit_ends_the_job_and_is_made_once_a_job(site):
+    site.write(plan="2")
+    assert site.job("rmt")[0] == 2
+    assert not site.lines("calls", "nemo-rmt stage")
+    assert site.job("rmt", SLURM_RESTART_COUNT="1")[0] == 0
+
+
+@pytest.mark.parametrize(("status", "words"), [(1, "rank 1 was killed"), (2, "no such corpus")])
+def test_a_failed_stage_ends_the_job_with_its_exit_code_and_its_reason_last(site, status, words):
+    site.write(stage=f"echo 'nemo-rmt: {words}' >&2; echo more; exit {status}")
+    code, log = site.job("rmt")
+    assert code == status
+    assert log[-1] == f"nemo-rmt job 7: ended with exit code {status}: {words}"
+    assert not site.lines("calls", "requeue")
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(75, "stopped at a checkpoint; requeued"), (137, "killed (srun's exit code")]
+)
+def test_a_stage_that_stopped_or_was_killed_puts_the_job_back_into_the_queue(site, status, words):
+    site.write(stage=f"exit {status}")
+    code, log = site.job("rmt")
+    assert code == 75
+    assert words in log[-1]
+    assert site.lines("calls", "requeue") == ["scontrol requeue 7"]
+
+
+def test_a_job_that_slurm_is_ending_is_not_requeued(site):
+    site.write(stage="exit 75", job_state="COMPLETING")
+    code, log = site.job("rmt")
+    assert code == 75
+    assert "Slurm ends the job (COMPLETING)" in log[-1]
+    assert not site.lines("calls", "requeue")
+
+
+def test_a_job_whose_tasks_keep_getting_killed_ends_at_last(site):
+    site.write(stage="kill -KILL $$")
+    assert site.job("rmt", SLURM_RESTART_COUNT="30")[0] == 1
+    assert not site.lines("calls", "requeue")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGUSR1, signal.SIGTERM], ids=lambda each: each.name)
+def test_a_signal_reaches_the_stage_as_usr1_and_the_job_waits_for_its_checkpoint(site, sent):
+    site.write(
+        stage='trap \'sleep 1; touch "$WORK/saved"; exit 75\' USR1; touch "$WORK/up"; while :; do sleep 0.1; done'
+    )
+    allocation = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1"}
+    command = ["bash", str(SLURM / "rmt_14b.sh")]
+    with subprocess.Popen(command, env=site.environment(**allocation), stdout=subprocess.DEVNULL) as job:
+        deadline = time.monotonic() + 20
+        while not (site.work / "up").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        job.send_signal(sent)
+        assert job.wait(20) == 75
+    assert (site.work / "saved").exists()
+    assert site.lines("calls", "requeue") == ["scontrol requeue 7"]
+
+
+def test_a_stage_that_the_signal_kills_before_it_takes_requests_is_requeued_without_limit(site):
+    site.write(stage='kill -USR1 "$PARENT"; sleep 1; kill -USR1 $$')
+    script = (site.work / "venv" / "bin" / "srun").read_text().replace("exec", "export PARENT=$PPID; exec")
+    (site.work / "venv" / "bin" / "srun").write_text(script)
+    site.status(_0="data")
+    code, log = site.job("rmt", SLURM_RESTART_COUNT="30")
+    assert code == 75
+    assert "rmt stopped by USR1" in log[-1]
+    assert site.lines("calls", "requeue") == ["scontrol requeue 7"]
+
+
+@pytest.mark.parametrize(
+    ("words", "values", "message"),
+    [
+        ((), {"GPUS_PER_NODE": "8", "SLURM_GPUS_ON_NODE": "4"}, "GPUS_PER_NODE=8, but the job has 4 GPU(s)"),
+        ((), {"GPUS_PER_NODE": "many"}, "GPUS_PER_NODE=many"),
+        ((), {"CONTAINER_IMAGE": "image.sqsh"}, "needs the pyxis plugin"),
+        ((), {"VENV": "/does/not/exist"}, "VENV=/does/not/exist has no bin/nemo-rmt"),
+        (("cluster.nodes=3",), {}, "cluster.nodes=3 is what Slurm gives the job"),
+    ],
+)
+def test_wrong_settings_end_a_job_before_anything_starts(site, words, values, message):
+    code, log = site.job("rmt", *words, **values)
+    assert code == 2
+    assert message in log[-1]
+    assert not site.lines("calls")
+
+
+def test_in_a_container_everything_runs_there_with_the_working_and_the_run_folder_mounted(site):
+    site.write(srun_help="  --container-image=[USER@][REGISTRY#]IMAGE")
+    assert site.job("rmt", CONTAINER_IMAGE="image.sqsh", VENV="/does/not/exist")[0] == 0
+    calls = [line for line in site.lines("calls") if line.startswith("srun ")]
+    here, run = Path.cwd(), site.work / "run"
+    assert len(calls) == 4  # plan, status, data, rmt
+    for line in calls:
+        assert f"--container-image=image.sqsh --container-mounts={here}:{here},{run}:{run}" in line
+
+
+def test_a_flywheel_is_a_chain_of_jobs_each_after_the_success_of_the_one_before(site):
+    done = site.flywheel("rl.steps=3", NODES="4", GPUS_PER_NODE="1")
+    assert done.returncode == 0, done.stderr
+    submitted = site.lines("submitted")
+    assert [line.split("/")[-1] for line in submitted[:5]] == [
+        f"{name}_14b.sh rl.steps=3" for name in ("pretrain", "anneal", "rmt", "posttrain", "evaluate")
+    ]
+    assert len(submitted) == 9
+    for number, line in enumerate(submitted):
+        assert f"iteration={number // 5 if number < 5 else 1} --parsable --nodes=4 " in line
+        assert ("--dependency" in line) == (number > 0) and "--kill-on-invalid-dep=yes" in line
+        assert number == 0 or f"--dependency=afterok:{100 + number} " in line
+    assert re.search(r"iteration 1 evaluate +109 +108 +submitted", done.stdout)
+    assert [line.split("\t")[:3] for line in site.lines("run/slurm_jobs.tsv")][-1] == ["1", "evaluate", "109"]
+    assert "cluster.nodes=4 cluster.gpus_per_node=1" in site.lines("calls", "nemo-rmt plan")[0]
+
+
+def test_a_second_start_submits_what_is_neither_done_nor_queued(site):
+    site.flywheel()
+    site.status(_0="data pretrain anneal sft")
+    site.write(submitted="", queue="103 RUNNING None\n104 PENDING Dependency\n99 PENDING Priority")
+    done = site.flywheel()
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"iteration 0 anneal +- +- +done", done.stdout)
+    assert re.search(r"iteration 0 posttrain +104 +103 +PENDING", done.stdout)
+    first = site.lines("submitted", "iteration")[0]
+    assert "evaluate_14b.sh" in first and "--dependency=afterok:104 " in first
+    assert len(site.lines("submitted", "iteration")) == 5
+
+
+def test_jobs_that_slurm_is_about_to_cancel_are_submitted_again(site):
+    site.flywheel()
+    site.status(_0="data pretrain")
+    site.write(submitted="", queue="103 PENDING DependencyNeverSatisfied")
+    assert site.flywheel().returncode == 0
+    assert len(site.lines("submitted", "iteration")) == 8
+
+
+def test_a_queued_job_whose_predecessor_is_gone_is_for_the_user_to_cancel(site):
+    site.flywheel()
+    site.write(submitted="", queue="104 PENDING JobHeldUser")
+    done = site.flywheel()
+    assert done.returncode == 2
+    assert "scancel 104" in done.stderr
+    assert not site.lines("submitted", "iteration")
+
+
+def test_nothing_is_submitted_when_slurm_or_the_plan_refuses_a_job(site):
+    site.write(refused="evaluate_14b.sh")
+    done = site.flywheel()
+    assert done.returncode == 2 and "invalid partition" in done.stderr
+    site.write(refused="nothing is", plan="2")
+    assert site.flywheel().returncode == 2
+    assert not (site.work / "submitted").exists() and not (site.work / "run").exists()
+
+
+def test_a_recipe_without_some_stages_has_no_jobs_for_them(site):
+    site.write(status="0\tdata\tpending\n0\trmt\tpending\n0\tevaluate\tpending")
+    assert site.flywheel().returncode == 0
+    assert [line.split("/")[-1].split()[0] for line in site.lines("submitted")] == ["rmt_14b.sh", "evaluate_14b.sh"]
