@@ -1,5 +1,6 @@
 # make demo    the tiny recipe through two turns of the flywheel, into runs/demo
-# make test    every test that this machine can run
+# make test    every test that this machine can run by itself
+# make test-slurm    the scripts of slurm/ on a Slurm of two virtual nodes, which it starts and ends; needs root
 # make test-demo    the demo, and what it must show
 # make test-nemo    the NeMo 2.7 and nemo_run surfaces, and the core on NeMo's older Megatron-Core
 # make test-bridge    the Megatron-Bridge adapter
@@ -17,13 +18,17 @@ QUIET := OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1
 ON_OLDER_MEGATRON := $(addsuffix .py,$(addprefix tests/megatron/test_,\
 	cpu model train_step optimizer checkpoint generation datasets fp8 hugging_face))
 
-.PHONY: demo test test-demo test-nemo test-bridge install
+.PHONY: demo test test-slurm test-demo test-nemo test-bridge install
 
 demo: $(INSTALLED)
 	$(VENV)/bin/nemo-rmt flywheel tiny run_dir=runs/demo
 
 test: $(INSTALLED)
-	$(QUIET) $(VENV)/bin/python $(PYTEST)
+	$(QUIET) $(VENV)/bin/python $(PYTEST) --ignore=tests/slurm
+
+test-slurm: $(INSTALLED)
+	.ci/install_slurm
+	$(QUIET) $(VENV)/bin/python $(PYTEST) tests/slurm
 
 test-demo: demo
 	$(VENV)/bin/python $(PYTEST) tests/demo/check_demo.py

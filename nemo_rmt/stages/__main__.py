@@ -99,8 +99,10 @@ def run(job: StageJob, folder: Path, rank: int, life: pulse.Pulse) -> None:
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     algorithm = importlib.import_module(f"nemo_rmt.stages.{job.stage}")
+    pulse.tick("joining the other ranks")
     timeout = datetime.timedelta(seconds=job.recipe.cluster.hang_timeout_s + BACKSTOP_S)
     with distributed(job.recipe.parallel, job.recipe.seed, timeout) as layout:
+        pulse.tick("loading models and data")
         try:
             algorithm.run(Session(job, folder, layout))
         except Exception as error:
