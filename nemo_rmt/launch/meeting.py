@@ -10,7 +10,7 @@ import json
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +24,6 @@ ARRIVAL_S = 60.0
 """Seconds the nodes wait for each other at the start: file systems may show a new file late."""
 LEAVING_S = 15.0
 """Seconds the leader waits for the followers to end their ranks, and to leave."""
-POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Meeting:
             yield self
         finally:
             (self.folder / "over").touch()
-            _wait(lambda: not any(self.folder.glob("node_*")), LEAVING_S)
+            self._wait(lambda: not any(self.folder.glob("node_*")), LEAVING_S)
             shutil.rmtree(self.folder, ignore_errors=True)
             for folder in (self.folder.parent, self.run_dir):
                 try:
@@ -87,7 +86,7 @@ class Meeting:
                     arrived[node] = note
             return len(arrived) == len(self.followers)
 
-        if not _wait(complete, ARRIVAL_S):
+        if not self._wait(complete, ARRIVAL_S):
             missing = ", ".join(str(node) for node in self.followers if node not in arrived)
             raise UserError(
                 f"run_dir={self.run_dir}: of {self.placement.nodes} nodes, number {missing} did not show up "
@@ -117,7 +116,10 @@ class Meeting:
 
     def wait_until_over(self) -> None:
         """Wait until no other node has ranks of the last call, LEAVING_S at most."""
-        _wait(lambda: sum(report.over for report in self._reports()) == len(self.followers), LEAVING_S)
+        self._wait(lambda: sum(report.over for report in self._reports()) == len(self.followers), LEAVING_S)
+
+    def _wait(self, condition: Callable[[], bool], limit_s: float) -> bool:
+        return _wait(condition, limit_s, self.placement.poll_s)
 
     def _reports(self) -> list[Report]:
         notes = (_read(self.folder / f"call_{self.calls - 1}.node_{node}.json") for node in self.followers)
@@ -135,7 +137,7 @@ class Seat:
 
     def take(self, error: str) -> None:
         """Arrive; error: why this node cannot take part, or empty. Raises UserError when the leader is not there."""
-        if not _wait((self.folder / "leader").exists, ARRIVAL_S):
+        if not _wait((self.folder / "leader").exists, ARRIVAL_S, self.placement.poll_s):
             raise UserError(
                 f"run_dir={self.run_dir}: node {self.placement.name} sees nothing there of the node that leads, after "
                 f"{ARRIVAL_S:.0f} s: run_dir must be on a file system that all nodes share"
@@ -147,7 +149,7 @@ class Seat:
         number = 0
         while not self.is_over():
             if (note := _read(self.folder / f"call_{number}.json")) is None:
-                time.sleep(POLL_S)
+                time.sleep(self.placement.poll_s)
                 continue
             yield number, Call(**note)
             number += 1
@@ -181,10 +183,10 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None  # not there yet, or not whole yet
 
 
-def _wait(condition, limit_s: float) -> bool:
+def _wait(condition: Callable[[], bool], limit_s: float, poll_s: float) -> bool:
     deadline = time.monotonic() + limit_s
     while not (met := condition()) and time.monotonic() < deadline:
-        time.sleep(POLL_S)
+        time.sleep(poll_s)
     return met
 
 

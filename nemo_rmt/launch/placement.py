@@ -48,6 +48,11 @@ class Placement:
             requeued=restarts,
         )
 
+    @property
+    def poll_s(self) -> float:
+        """Seconds between two looks: all nodes together look at the shared folder some twenty times a second."""
+        return min(0.05 * (self.nodes + 1), 2.0)
+
     def require(self, nodes: int) -> None:
         """Raise UserError unless ``cluster.nodes`` is what runs."""
         if nodes == self.nodes:

@@ -13,7 +13,7 @@ from nemo_rmt import stopping
 from nemo_rmt.config import Cluster, Recipe
 from nemo_rmt.errors import UserError
 from nemo_rmt.exit_codes import DISK_FULL, DIVERGED, DONE, FAILED, STOPPED, WRONG_INPUT
-from nemo_rmt.launch.meeting import POLL_S, Call, Meeting, Seat
+from nemo_rmt.launch.meeting import Call, Meeting, Seat
 from nemo_rmt.launch.placement import Placement
 from nemo_rmt.launch.ranks import Ranks, worker_environment
 from nemo_rmt.launch.watchdog import Hang, Watchdog
@@ -87,7 +87,7 @@ def _watch(ranks: Ranks, meeting: Meeting, watchdog: Watchdog, world_size: int) 
             return hang
         if any(beat.failure for beat in watchdog.beats.values()):
             deadline = min(deadline, time.monotonic() + LEAVE_S)  # leaving the process group may hang
-        time.sleep(POLL_S)
+        time.sleep(meeting.placement.poll_s)
 
 
 def judge(ended: dict[int, int], world_size: int, beats: dict[int, Beat], hang: Hang | None) -> Outcome:
@@ -152,7 +152,7 @@ def _answer(seat: Seat, number: int, call: Call, recipe: Recipe, command: Comman
             if (ended := ranks.ended()) != reported:
                 reported = ended
                 seat.report(number, reported, over=False)
-            time.sleep(POLL_S)
+            time.sleep(seat.placement.poll_s)
         reported = ranks.ended()
     seat.report(number, reported, over=True)
 
