@@ -115,7 +115,10 @@ end() { # EXIT_CODE MESSAGE
 
 # The nodes' number of processes, and the address under which they find the first.
 place() {
-    processes=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+    local gpus=${SLURM_GPUS_PER_NODE:-0} # what was asked for; where whole nodes are given, they may have more
+    gpus=${gpus##*:}                     # of TYPE:NUMBER
+    [ "$gpus" != 0 ] || gpus=${SLURM_GPUS_ON_NODE:-1}
+    processes=${GPUS_PER_NODE:-$gpus}
     [[ $processes =~ ^[1-9][0-9]*$ ]] || refuse "GPUS_PER_NODE=$processes must be a number of processes, at least 1"
     if [ -n "${SLURM_GPUS_ON_NODE:-}" ] && [ "$processes" -gt "$SLURM_GPUS_ON_NODE" ]; then
         refuse "GPUS_PER_NODE=$processes, but the job has $SLURM_GPUS_ON_NODE GPU(s) on a node: lower it, or ask for more" \

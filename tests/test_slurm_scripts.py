@@ -176,6 +176,20 @@ def test_a_job_makes_the_data_first_and_runs_its_stages_on_all_nodes_in_order(si
     assert log[-1] == "nemo-rmt job 7: ended with exit code 0: done"
 
 
+@pytest.mark.parametrize(
+    ("given", "processes"),
+    [
+        ({"SLURM_GPUS_PER_NODE": "h100:2", "SLURM_GPUS_ON_NODE": "8"}, 2),  # of a whole node
+        ({"SLURM_GPUS_PER_NODE": "0", "SLURM_GPUS_ON_NODE": "8"}, 8),  # through --gres
+        ({"SLURM_GPUS_PER_NODE": "8", "SLURM_GPUS_ON_NODE": "8", "GPUS_PER_NODE": "4"}, 4),
+        ({}, 1),
+    ],
+)
+def test_a_node_has_a_process_for_each_gpu_asked_for(site, given, processes):
+    assert site.job("anneal", **given)[0] == 0
+    assert f" cluster.gpus_per_node={processes}" in site.lines("calls", "nemo-rmt plan")[-1]
+
+
 def test_a_job_runs_only_what_is_not_done_and_evaluation_writes_the_report(site):
     site.status(_0="data sft evaluate")
     assert site.job("posttrain")[0] == 0

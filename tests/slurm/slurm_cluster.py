@@ -36,8 +36,6 @@ class Job:
     """Of the batch script, once it ended."""
     restarts: int
     """Times it was requeued."""
-    dependency: str
-    """What it waits for, "(null)" for nothing."""
     output: Path | None
     """Where its log is."""
 
@@ -116,7 +114,6 @@ class SlurmCluster:
             reason=said["Reason"],
             exit_code=int(said["ExitCode"].split(":")[0]),
             restarts=int(said["Restarts"]),
-            dependency=said["Dependency"],
             output=Path(said["StdOut"]) if "StdOut" in said else None,
         )
 

@@ -97,12 +97,17 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def write_recipe(path: Path, *, steps: int = STEPS, **changes: dict) -> Path:
     """A recipe file: two turns of the smallest real flywheel. ``changes``: as small_recipe takes them."""
-    few = {"problems": 4, "samples": 1, "positions": 4, "max_tokens": 256}
-    recipe = small_recipe("unused", **{"iterations": 2, "evaluate": few, **changes})
+    sections = {
+        "iterations": 2,
+        "data": {"tasks": [{"name": "chains"}]},
+        "rollout": {"max_new_tokens": 8},
+        "evaluate": {"problems": 4, "samples": 1, "positions": 4, "max_tokens": 256},
+        "tracking": {"samples": True},
+    }
+    recipe = small_recipe("unused", **{**sections, **changes})
     for name in TRAINING:
         stage = getattr(recipe, name)
-        stage.steps, stage.checkpoint_interval = steps, 2
-    recipe.tracking.samples = True
+        stage.steps = stage.checkpoint_interval = steps
     path.write_text(resolved_yaml(recipe, comments=False))
     return path
 

@@ -1,16 +1,13 @@
-"""Stages that are disturbed on two nodes: what they say, what they keep, and that they end as if nothing had been."""
+"""What takes its own time: the limits of jobs and of hangs. ``test_chaos.py`` has the other disturbances too."""
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import disturbances as disturb
 import pytest
-from disturbances import START_S, WORDS, Training, assert_undisturbed, small_disk
-from slurm_cluster import SlurmCluster
+from disturbances import START_S, WORDS, Training, assert_undisturbed
 from slurm_runs import SCRIPTS
 
 from nemo_rmt.manifest import latest_step
@@ -23,38 +20,22 @@ TIME_LIMIT = ("--time=1", "--signal=B:USR1@60")
 """The shortest that Slurm has: its signal comes within 30 seconds, which is when it looks at time limits."""
 
 
-@pytest.fixture(scope="module")
-def disk(tmp_path_factory) -> Iterator[Path]:
-    """A small file system."""
-    with small_disk(tmp_path_factory.mktemp("failures") / "disk") as folder:
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def cluster(disk) -> Iterator[SlurmCluster]:
-    """A Slurm of its own: the second node does not see what is mounted after its start."""
-    with SlurmCluster() as started:
-        yield started
-
-
 @pytest.fixture
-def begin(cluster, disk, local_run) -> Iterator[Callable[..., Training]]:
+def begin(cluster, local_run, tmp_path) -> Callable[..., Training]:
     """``begin(stage, *flags, hang_s)`` submits the job that trains a stage again, in a copy of the local run."""
 
     def begin(stage: str, *flags: str, hang_s: float = 1200) -> Training:
-        run = local_run.copy_before(disk / "jobs" / "run", 0, stage)
+        run = local_run.copy_before(tmp_path / "run", 0, stage)
         variables = run.environment(*WORDS, f"cluster.hang_timeout_s={hang_s}")
 
         def submit() -> int:
             return cluster.submit(SCRIPTS / f"{stage}_14b.sh", flags=(run.log_flag, *flags), env=variables)
 
-        training = Training(cluster, run, stage, submit, disk, hang_s)
+        training = Training(cluster, run, stage, submit, tmp_path, hang_s)
         training.start()
         return training
 
-    yield begin
-    cluster.cancel_all()
-    shutil.rmtree(disk / "jobs")
+    return begin
 
 
 @pytest.fixture
@@ -86,18 +67,6 @@ def test_a_stage_goes_on_over_jobs_that_are_too_short(begin, finish):
     assert training.record.attempts == 3 and training.cluster.job(training.job).restarts == 2
 
 
-def test_a_job_that_is_pre_empted_and_then_cancelled_loses_nothing(begin, finish):
-    training = begin("anneal")
-    training.freeze(2)
-    disturb.requeue(training)
-    assert latest_step(training.folder) >= 2
-    training.freeze(4)
-    disturb.cancel(training)
-    assert latest_step(training.folder) >= 4 and training.record.step >= 2
-    finish(training)
-    assert training.record.attempts == 3
-
-
 def test_a_rank_that_dies_or_hangs_is_named_and_the_stage_starts_again_in_its_job(begin, finish):
     training = begin("pretrain", hang_s=HANG_S)
     training.freeze(3)
@@ -109,24 +78,3 @@ def test_a_rank_that_dies_or_hangs_is_named_and_the_stage_starts_again_in_its_jo
     assert HANG_S / 2 < time.monotonic() - begun < HANG_S + MARGIN_S
     finish(training)
     assert training.record.attempts == 3 and training.cluster.job(training.job).restarts == 0
-
-
-def test_a_full_disk_stops_the_stage_which_goes_on_when_there_is_room(begin, finish):
-    training = begin("pretrain")
-    training.freeze(3)
-    failed = training.job
-    disturb.fill_disk(training)
-    job = training.cluster.job(failed)
-    assert job.exit_code == 1 and "failed: " in training.cluster.log(failed).rstrip().splitlines()[-1]
-    finish(training)
-    assert training.record.attempts == 2
-
-
-def test_damaged_checkpoints_are_passed_over(begin, finish):
-    training = begin("pretrain")
-    training.freeze(3)
-    disturb.truncate(training, rank=0)
-    training.freeze(5)
-    disturb.flip(training, rank=1)
-    finish(training)
-    assert training.record.attempts == 3
