@@ -278,8 +278,9 @@ STARTER = """
 import signal
 import sys
 from pathlib import Path
-# a shell starts background jobs with SIGINT ignored, which the flywheel rightly leaves as it is
+# a shell starts background jobs with SIGINT ignored, nohup with SIGHUP, which the flywheel rightly leaves as it is
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 sys.path.insert(0, sys.argv[2])
 from nemo_rmt import flywheel
 from nemo_rmt.recipe_io import load_recipe
