@@ -16,7 +16,7 @@ QUIET := OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1
 
 # what the older Megatron-Core could break: model, optimizer, schedules, checkpoints, sampling
 ON_OLDER_MEGATRON := $(addsuffix .py,$(addprefix tests/megatron/test_,\
-	cpu model train_step optimizer checkpoint generation datasets fp8 hugging_face))
+	cpu model train_step optimizer guard checkpoint generation datasets fp8 hugging_face))
 
 .PHONY: demo test test-slurm test-demo test-nemo test-bridge install
 
