@@ -14,9 +14,10 @@ from slurm_cluster import SlurmCluster, environment
 SLEEPER = "#!/bin/bash\nsrun --ntasks-per-node=1 setsid sleep 1000 & setsid sleep 1000 & wait\n"
 """A job whose processes leave their parents' sessions, on every node."""
 STARTER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from slurm_cluster import SlurmCluster
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with it ignored
 with SlurmCluster() as cluster:
     job = cluster.submit(Path(sys.argv[1]), flags=("--nodes=2", "--output=/dev/null"))
     cluster.wait(job, "RUNNING", timeout=20)

@@ -83,10 +83,9 @@ def test_a_flywheel_over_two_nodes_ends_in_the_report_of_a_local_run(flywheel, l
     assert_close(flywheel.run.report(), local_run.report())
 
 
-@pytest.mark.parametrize("layout", [TP2, "parallel.tensor=1"], ids=["tp2", "dp2"])
-def test_rmt_trains_across_two_nodes_as_on_one(layout, cluster, local_run, tmp_path):
+def test_rmt_trains_data_parallel_across_two_nodes_as_on_one(cluster, local_run, tmp_path):
     run = local_run.copy_before(tmp_path / "run", 0, "rmt")
-    job = cluster.submit(SCRIPTS / "rmt_14b.sh", flags=(run.log_flag,), env=run.environment(layout))
+    job = cluster.submit(SCRIPTS / "rmt_14b.sh", flags=(run.log_flag,), env=run.environment())
     assert cluster.wait(job, "COMPLETED", timeout=JOB_S).exit_code == 0
     assert run.status(0, "rmt") == "done"
     assert set(run.rank_pids(0, "rmt", ranks=9)) == {0, 1}
