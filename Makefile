@@ -28,7 +28,7 @@ test: $(INSTALLED)
 
 test-slurm: $(INSTALLED)
 	.ci/install_slurm
-	$(QUIET) $(VENV)/bin/python $(PYTEST) tests/slurm
+	$(QUIET) $(VENV)/bin/python $(PYTEST) tests/slurm tests/test_slurm_scripts.py
 
 test-demo: demo
 	$(VENV)/bin/python $(PYTEST) tests/demo/check_demo.py
