@@ -69,7 +69,7 @@ class Meeting:
             yield self
         finally:
             (self.folder / "over").touch()
-            self._wait(lambda: not any(self.folder.glob("node_*")), LEAVING_S)
+            _wait(lambda: not any(self.folder.glob("node_*")), LEAVING_S, self.placement.poll_s)
             shutil.rmtree(self.folder, ignore_errors=True)
             for folder in (self.folder.parent, self.run_dir):
                 try:
@@ -86,7 +86,7 @@ class Meeting:
                     arrived[node] = note
             return len(arrived) == len(self.followers)
 
-        if not self._wait(complete, ARRIVAL_S):
+        if not _wait(complete, ARRIVAL_S, self.placement.poll_s):
             missing = ", ".join(str(node) for node in self.followers if node not in arrived)
             raise UserError(
                 f"run_dir={self.run_dir}: of {self.placement.nodes} nodes, number {missing} did not show up "
@@ -116,10 +116,11 @@ class Meeting:
 
     def wait_until_over(self) -> None:
         """Wait until no other node has ranks of the last call, LEAVING_S at most."""
-        self._wait(lambda: sum(report.over for report in self._reports()) == len(self.followers), LEAVING_S)
 
-    def _wait(self, condition: Callable[[], bool], limit_s: float) -> bool:
-        return _wait(condition, limit_s, self.placement.poll_s)
+        def over() -> bool:
+            return sum(report.over for report in self._reports()) == len(self.followers)
+
+        _wait(over, LEAVING_S, self.placement.poll_s)
 
     def _reports(self) -> list[Report]:
         notes = (_read(self.folder / f"call_{self.calls - 1}.node_{node}.json") for node in self.followers)

@@ -1,4 +1,4 @@
-"""Start-up and shutdown of one training process, from torchrun's environment or alone."""
+"""Start-up and shutdown of one training process, from the environment its launcher gives it, or alone."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Layout:
 
 
 def _environment() -> tuple[int, int, int]:
-    """Rank, world size and local rank; a process without torchrun is a world of one."""
+    """Rank, world size and local rank; a process without RANK is a world of one."""
     if "RANK" in os.environ:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
     return 0, 1, 0
