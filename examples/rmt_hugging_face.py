@@ -24,7 +24,7 @@ def main() -> int:
     if len(sys.argv) < 4:
         sys.exit(__doc__)
     source, texts, run_dir, *overrides = sys.argv[1:]
-    from nemo_rmt.megatron.hugging_face import model_from_config  # loads torch
+    from nemo_rmt.families import model_from_config  # loads torch
 
     checkpoint = Path(run_dir) / "imported"
     changes = {

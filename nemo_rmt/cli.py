@@ -11,7 +11,6 @@ import errno
 import logging
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -94,7 +93,19 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     _command(commands, "plan", _plan, "check a recipe against a cluster: layout, memory, time, data; starts nothing")
 
     load = _command(commands, "import", _import, "make a checkpoint of a Hugging Face model")
-    load.usage = "nemo-rmt import source=HF_FOLDER target=CHECKPOINT [precision=bf16]"
+    load.usage = (
+        "nemo-rmt import source=HF_FOLDER target=CHECKPOINT [precision=bf16|fp32] [tensor=1] [pipeline=1]\n"
+        "       precision: of the weights (bf16);\n"
+        "       tensor, pipeline: sizes of the layout of local processes, on CPUs, that share the work"
+    )
+
+    export = _command(commands, "export", _export, "make a Hugging Face folder of a checkpoint")
+    export.usage = (
+        "nemo-rmt export source=CHECKPOINT target=HF_FOLDER [precision=bf16|fp32] [tensor=1] [pipeline=1] "
+        "[tokenizer=FOLDER]\n"
+        "       precision: of the weights (the checkpoint's); tensor, pipeline: as in import;\n"
+        "       tokenizer: its folder, where neither the checkpoint nor its run has it"
+    )
 
     status = _command(commands, "status", _status, "say how far every stage of a run is: RUN_DIR, or its recipe")
     status.usage = "nemo-rmt status RUN_DIR\n       nemo-rmt status [RECIPE] [--yaml FILE]... [key=value]..."
@@ -169,17 +180,26 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    given = dict(item.split("=", 1) for item in args.items if "=" in item)
-    if args.yaml or len(given) < len(args.items) or set(given) - {"precision"} != {"source", "target"}:
-        raise UserError("import takes source=HF_FOLDER, target=CHECKPOINT and, if it is not to be bf16, precision=fp32")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a model of any size, one tensor at a time
-    logging.disable(logging.INFO)
-    with warnings.catch_warnings():  # Megatron-Core says which optional packages it does without
-        warnings.simplefilter("ignore")
-        from nemo_rmt.megatron.hugging_face import import_checkpoint
+    from nemo_rmt.conversion import run_import
 
-        import_checkpoint(Path(given["source"]), Path(given["target"]), given.get("precision", "bf16"))
-    return 0
+    return run_import(_folders(args, "HF_FOLDER", "CHECKPOINT", {"precision", "tensor", "pipeline"}))
+
+
+def _export(args: argparse.Namespace) -> int:
+    from nemo_rmt.conversion import run_export
+
+    return run_export(_folders(args, "CHECKPOINT", "HF_FOLDER", {"precision", "tensor", "pipeline", "tokenizer"}))
+
+
+def _folders(args: argparse.Namespace, source: str, target: str, options: set[str]) -> dict[str, str]:
+    """The words of a conversion, by key. source, target: what its folders hold. options: keys that may be left out."""
+    given = dict(item.split("=", 1) for item in args.items if "=" in item)
+    if args.yaml or len(given) < len(args.items) or set(given) - options != {"source", "target"}:
+        raise UserError(
+            f"{args.command} takes source={source}, target={target} and, if need be, "
+            f"{', '.join(f'{key}=' for key in sorted(options))} (see nemo-rmt {args.command} --help)"
+        )
+    return given
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -16,7 +16,8 @@ import nemo_rmt
 PACKAGE = Path(nemo_rmt.__file__).parent
 ORDER = ["objectives", "data", "megatron", "rollout", "stages"]
 """Each may import from those before it, none from those after it."""
-DRIVER = {"flywheel", "overview", "preflight", "cli", "lone_stage", "recipes", "chain", "plan", "launch", "status"}
+DRIVER = {"chain", "cli", "conversion", "flywheel", "launch", "lone_stage", "overview", "plan", "preflight", "recipes"}
+DRIVER |= {"status"}
 """The process that starts workers; workers import none of it."""
 
 

@@ -41,6 +41,7 @@ STARTING = {
 OTHERS = {
     "plan": "Check a recipe against a cluster: layout, memory, time, data.",
     "import": "Make a checkpoint of a Hugging Face model.",
+    "export": "Make a Hugging Face folder of a checkpoint.",
     "status": "Say how far every stage of a run is: status RUN_DIR, or its recipe.",
     "report": "Write the report of a run: report RUN_DIR.",
     "recipes": "List the recipes, or show one: recipes list, recipes show.",

@@ -1,222 +1,74 @@
-"""Published weights in: a Hugging Face folder's config.json as our model section, its safetensors as a checkpoint."""
+"""Published weights in and out: a Hugging Face folder as a checkpoint, and model chunks as a Hugging Face folder.
+
+At any layout each rank reads the parts of tensors that are its own, and one writes tensors that all put together, one
+at a time: no process ever has the whole of a model that is spread over several.
+"""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import datetime
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+import torch.distributed as dist
+from megatron.core.parallel_state import (
+    get_data_parallel_rank,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 
-from nemo_rmt.compatibility import IMPORTED, model_vocab_size
-from nemo_rmt.config import Model, Parallel
+from nemo_rmt.compatibility import IMPORTED
+from nemo_rmt.config import VOCAB_MULTIPLE, Model, Parallel
 from nemo_rmt.data.tokenizer import Tokenizer
 from nemo_rmt.errors import UserError
-from nemo_rmt.megatron.checkpoint import save_weights
-from nemo_rmt.megatron.model import LogprobGPT, build_model
+from nemo_rmt.families import config_json, model_from_config, read_object
+from nemo_rmt.manifest import inspect_checkpoint
+from nemo_rmt.megatron.checkpoint import load_weights, require_sound, save_weights
+from nemo_rmt.megatron.model import DTYPES, LogprobGPT, build_model
+from nemo_rmt.megatron.published import (
+    OUTPUT,
+    Counterpart,
+    counterparts,
+    own_parameters,
+    published_shapes,
+    published_stream,
+)
 from nemo_rmt.megatron.runtime import distributed
-from nemo_rmt.megatron.writing import complete_draft
-
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "LlamaForCausalLM": {},
-    "Olmo2ForCausalLM": {"norm_position": "after", "qk_norm": True, "qk_norm_span": "all_heads"},
-    "Qwen2ForCausalLM": {"qkv_bias": True},
-    "Qwen3ForCausalLM": {"qk_norm": True},
-    "SmolLM3ForCausalLM": {"tie_embeddings": True, "rope_base": 2e6, "rope_skip_interval": 4},
-}
-"""What each means, and what its config.json means by a key that it leaves out, where that is not LlamaForCausalLM's."""
-
-DEFAULTS: dict[str, Any] = {"tie_embeddings": False, "rope_base": 10_000.0, "rope_skip_interval": None}
-"""LlamaForCausalLM's meaning of such keys."""
-
-KEYS = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "num_attention_heads": "num_attention_heads",
-    "ffn_hidden_size": "intermediate_size",
-    "vocab_size": "vocab_size",
-    "norm_epsilon": "rms_norm_eps",
-    "max_position": "max_position_embeddings",
-}
-"""Our names of the keys that every config.json must have."""
+from nemo_rmt.megatron.safetensors_files import PublishedFiles, write_safetensors
+from nemo_rmt.megatron.writing import complete_draft, failing_together, on_every_rank, raise_first, rank_0
+from nemo_rmt.run_folder import sync, write_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+SHARD_BYTES = 5 * 10**9
+"""Largest file of an exported model, as transformers makes them."""
+PATIENCE = datetime.timedelta(days=1)
+"""How long ranks wait for one that reads or writes; when it ends the others are ended too."""
 
 
-def model_from_config(folder: Path) -> Model:
-    """The model section for a folder's config.json.
-
-    Raises UserError when the folder has none, or its model does what ours cannot.
-    """
-    file = Path(folder) / "config.json"
-    try:
-        raw = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}): give the folder of a Hugging Face model") from None
-    name = (raw.get("architectures") or [None])[0]
-    if name not in ARCHITECTURES:
-        raise UserError(f"{file}: architectures={name} is not supported; these are: {', '.join(ARCHITECTURES)}")
-    _refuse_unsupported(raw, file)
-    if missing := [theirs for theirs in KEYS.values() if raw.get(theirs) is None]:
-        raise UserError(f"{file} lacks {', '.join(missing)}: give the folder of a whole Hugging Face model")
-    rope = raw.get("rope_parameters") or {}
-    keys = DEFAULTS | ARCHITECTURES[name] | {ours: raw[theirs] for ours, theirs in KEYS.items()}
-    keys["num_query_groups"] = raw.get("num_key_value_heads") or raw["num_attention_heads"]
-    for ours, given in {
-        "head_dim": raw.get("head_dim"),
-        "init_std": raw.get("initializer_range"),
-        "tie_embeddings": raw.get("tie_word_embeddings"),
-        "rope_base": rope.get("rope_theta", raw.get("rope_theta")),
-        "rope_skip_interval": raw.get("no_rope_layer_interval"),
-    }.items():
-        keys[ours] = keys.get(ours) if given is None else given
-    if raw.get("no_rope_layers") is not None:
-        keys["rope_skip_interval"] = _skip_interval(raw["no_rope_layers"], raw["num_hidden_layers"], file)
-    try:
-        return Model.model_validate({key: value for key, value in keys.items() if value is not None})
-    except ValidationError as error:
-        raise UserError(f"{file} describes a model that is not supported: {error}") from None
-
-
-def _refuse_unsupported(raw: dict[str, Any], file: Path) -> None:
-    """Raise UserError that names the first key asking for what our model does not have."""
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    found = {
-        "rope scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
-        "partial_rotary_factor": raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0,
-        "attention_bias=true (a bias on the output projection too)": raw.get("attention_bias"),
-        "mlp_bias=true": raw.get("mlp_bias"),
-        "use_sliding_window=true": raw.get("use_sliding_window"),
-        "sliding attention in layer_types": any(kind != "full_attention" for kind in raw.get("layer_types") or []),
-        f"hidden_act={raw.get('hidden_act')}": raw.get("hidden_act", "silu") != "silu",
-        "quantization_config": raw.get("quantization_config"),
-    }
-    for what, asked in found.items():
-        if asked:
-            raise UserError(f"{file}: {what} is not supported: choose another model")
-
-
-def _skip_interval(flags: list[int], layers: int, file: Path) -> int | None:
-    """rope_skip_interval from no_rope_layers, in which 0 says that a layer has no rotary positions."""
-    flags = [int(bool(flag)) for flag in flags[:layers]]
-    interval = flags.index(0) + 1 if 0 in flags else None
-    if flags != [int(interval is None or (layer + 1) % interval != 0) for layer in range(layers)]:
-        raise UserError(f"{file}: no_rope_layers={flags} is not supported: zeros must come at one regular interval")
-    return interval
-
-
-class PublishedTensors:
-    """A folder's safetensors, read one tensor at a time. Raises UserError when files are missing or damaged."""
-
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
-        index = self.folder / "model.safetensors.index.json"
-        names = {"model.safetensors"}
-        if index.is_file():
-            try:
-                names = set(json.loads(index.read_text())["weight_map"].values())
-            except (ValueError, KeyError) as error:
-                raise UserError(f"{index} is damaged ({error!r}): download it again") from None
-        self.files = {}
-        for name in sorted(names):
-            if not (self.folder / name).is_file():
-                raise UserError(f"{self.folder} has no {name}: download the model again, with its safetensors files")
-            try:
-                opened = safe_open(self.folder / name, framework="pt")
-            except SafetensorError as error:
-                raise UserError(f"{self.folder / name} is damaged ({error}): download it again") from None
-            self.files.update(dict.fromkeys(opened.keys(), opened))
-        self.unread = set(self.files)
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.files:
-            raise UserError(f"{self.folder} has no tensor {name}: its weights do not belong to its config.json")
-        self.unread.discard(name)
-        return self.files[name].get_tensor(name)
-
-
-@torch.no_grad()
-def load_published(folder: Path, settings: Model, model: LogprobGPT) -> None:
-    """Copy a folder's weights into a whole model, tensor by tensor.
-
-    Raises UserError when they are not those that ``settings``, made of its config.json, asks for.
-    """
-    tensors = PublishedTensors(folder)
-    if settings.tie_embeddings:
-        tensors.unread.discard("lm_head.weight")  # a copy
-    for name, parameter in model.named_parameters():
-        found = published_weight(name, settings, tensors)
-        rows = settings.vocab_size if name in VOCABULARY else parameter.shape[0]
-        if found.shape != (rows, *parameter.shape[1:]):
-            raise UserError(
-                f"{folder}: the weights of {name} have shape {tuple(found.shape)}, config.json makes them "
-                f"{(rows, *parameter.shape[1:])}: the weights do not belong to it"
-            )
-        parameter[:rows].copy_(found)
-        parameter[rows:].zero_()
-    if unread := sorted(name for name in tensors.unread if not name.endswith("rotary_emb.inv_freq")):
-        raise UserError(f"{folder} has tensors that this architecture does not use: {', '.join(unread[:5])}")
-
-
-VOCABULARY = {
-    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
-    "output_layer.weight": "lm_head.weight",
-}
-"""Parameters with a row for each token, and padding."""
-
-IN_LAYER = {
-    "input_layernorm": "input_layernorm",
-    "pre_mlp_layernorm": "post_attention_layernorm",
-    "self_attention.linear_proj": "self_attn.o_proj",
-    "self_attention.linear_proj.norm": "post_attention_layernorm",
-    "self_attention.q_layernorm": "self_attn.q_norm",
-    "self_attention.k_layernorm": "self_attn.k_norm",
-    "mlp.linear_fc2": "mlp.down_proj",
-    "mlp.linear_fc2.norm": "post_feedforward_layernorm",
-}
-"""Modules of a layer that have one published counterpart."""
-
-
-def published_weight(name: str, settings: Model, tensors: PublishedTensors) -> Tensor:
-    """What a parameter of the whole model, under Megatron's name, holds in a published model."""
-    if name in VOCABULARY:
-        return tensors[VOCABULARY[name]]
-    if name == "decoder.final_layernorm.weight":
-        return tensors["model.norm.weight"]
-    _, _, number, rest = name.split(".", 3)
-    module, kind = rest.rsplit(".", 1)
-    layer = f"model.layers.{number}."
-    if module == "mlp.linear_fc1":
-        return torch.cat([tensors[f"{layer}mlp.{part}_proj.{kind}"] for part in ("gate", "up")])
-    if module == "self_attention.linear_qkv":
-        # Megatron's order: for each group its query heads, then its key, then its value.
-        groups = settings.num_query_groups
-        parts = [tensors[f"{layer}self_attn.{part}_proj.{kind}"] for part in "qkv"]
-        return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
-    return tensors[f"{layer}{IN_LAYER[module]}.{kind}"]
-
-
-def import_checkpoint(source: Path, target: Path, precision: str) -> None:
+def import_checkpoint(source: Path, target: Path, precision: str, parallel: Parallel | None = None) -> None:
     """Make a checkpoint, without optimizer state, of a Hugging Face folder; its tokenizer goes to ``target/tokenizer``.
 
-    precision: of the weights written, fp32 or bf16.
+    Called by every rank of the layout ``parallel`` (None: by one process alone). precision: of the weights written,
+    fp32 or bf16.
 
     Raises UserError when the folder is not that of a model we support, or ``target`` exists.
     """
-    source, target = Path(source), Path(target)
-    if precision not in ("fp32", "bf16"):
-        raise UserError(f"precision={precision} is not one of fp32, bf16")
-    if target.exists():
-        raise UserError(f"target={target} exists: give a new folder, or delete it")
-    settings = model_from_config(source).model_copy(update={"precision": precision})
-    if not (source / "tokenizer.json").is_file():
-        raise UserError(f"source={source} has no tokenizer.json: download the model again, with its tokenizer")
-    tokenizer = Tokenizer.load(source)
-    vocab_size = model_vocab_size(settings, tokenizer.vocab_size)
+    source, target, parallel = Path(source), Path(target), parallel or Parallel()
+    _refuse_existing(target, target.exists())
+    settings = model_from_config(source).model_copy(update={"precision": _known(precision)})
+    require_layout(settings, parallel)
+    tokenizer = _tokenizer(source)
+    vocab_size = settings.vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"source={source}: its tokenizer has {tokenizer.vocab_size} tokens and its model {vocab_size}: "
+            "the tokenizer does not belong to the model"
+        )
+    files = published_files(source, settings)
     identity = {
         "stage": IMPORTED,
         "iteration": 0,
@@ -225,16 +77,189 @@ def import_checkpoint(source: Path, target: Path, precision: str) -> None:
         "vocab_size": vocab_size,
         "tokenizer": tokenizer.fingerprint,
     }
+    deferred: list[OSError] = []
+    with distributed(parallel, seed=0, timeout=PATIENCE), drafted(target) as draft:
+        chunks = build_model(settings, parallel, vocab_size, initialize=False)
+        load_published(files, settings, chunks)
+        with failing_together(deferred):
+            save_weights(draft, chunks)
+        rank_0(lambda: raise_first(deferred))
+        rank_0(lambda: _copy_tokenizer(source, draft / "tokenizer"))
+        rank_0(lambda: complete_draft(draft, target, identity, {}))
+
+
+def published_files(folder: Path, settings: Model) -> PublishedFiles:
+    """A folder's weights. Raises UserError when they are not those that ``settings``, made of its config.json, asks
+    for."""
+    files = PublishedFiles(folder)
+    # Where the embedding is tied, some folders have a copy of it.
+    files.require(
+        published_shapes(settings, settings.vocab_size), {"lm_head.weight"} if settings.tie_embeddings else set()
+    )
+    return files
+
+
+@torch.no_grad()
+def load_published(files: PublishedFiles, settings: Model, chunks: list[LogprobGPT]) -> None:
+    """Fill this rank's chunks from published weights. Each rank reads its own parts; no communication."""
+    entries = {entry.parameter: entry for entry in counterparts(settings, chunks[0].true_vocab_size)}
+    if settings.tie_embeddings:
+        entries[OUTPUT] = entries["embedding.word_embeddings.weight"]
+    for name, parameter in own_parameters(chunks):
+        _fill(parameter, entries[name], files)
+
+
+def _fill(parameter: torch.Tensor, entry: Counterpart, files: PublishedFiles) -> None:
+    rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    for tensor, part in zip(entry.tensors, entry.parts(parameter, size), strict=True):
+        found = files.read(tensor.name, tensor.local_range(rank, size))
+        rows = len(found) // len(part)
+        part[:, :rows].copy_(found.unflatten(0, (len(part), rows)))
+        part[:, rows:].zero_()  # padding of the vocabulary
+
+
+def export_checkpoint(
+    source: Path, target: Path, tokenizer: Path, precision: str | None = None, parallel: Parallel | None = None
+) -> None:
+    """Make a Hugging Face folder of a checkpoint. Called by every rank of the layout, as ``import_checkpoint``.
+
+    tokenizer: folder of the tokenizer that the checkpoint was trained with. precision: None for the checkpoint's.
+
+    Raises UserError when the checkpoint is damaged, no published architecture expresses its model, the tokenizer is
+    another, or ``target`` exists.
+    """
+    source, target, parallel = Path(source), Path(target), parallel or Parallel()
+    _refuse_existing(target, target.exists())
+    info = inspect_checkpoint(source)
+    settings = Model(**{key: value for key, value in info.model.items() if key in Model.model_fields})
+    # Layers of either kind save the same weights, and here may be no GPU for Transformer Engine's.
+    plain = {"layers": "local", "fp8": None, "fp8_bf16_layers": (0, 0)}
+    settings = settings.model_copy(update={**plain, "precision": _known(precision or settings.precision)})
+    require_layout(settings, parallel)
+    found = _tokenizer(tokenizer)
+    if found.fingerprint != info.tokenizer:
+        raise UserError(
+            f"tokenizer={tokenizer} is not the tokenizer that {source} was trained with (fingerprint "
+            f"{found.fingerprint[:12]}, the checkpoint's is {info.tokenizer[:12]}): give that one's folder"
+        )
+    config_json(settings, info.vocab_size, eos=found.eod)  # refuses before anything is read
+    with distributed(parallel, seed=0, timeout=PATIENCE):
+        require_sound(source)
+        chunks = build_model(settings, parallel, info.vocab_size, initialize=False)
+        load_weights(source, chunks)
+        export_folder(chunks, settings, target, tokenizer, info.vocab_size)
+
+
+def export_folder(
+    chunks: list[LogprobGPT],
+    settings: Model,
+    target: Path,
+    tokenizer_folder: Path,
+    vocab_size: int,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a model in use as a Hugging Face folder: weights, config.json, generation_config.json, tokenizer.
+
+    Collective over all ranks; rank 0 writes. vocab_size: tokens the model predicts over. shard_bytes: largest file.
+
+    Raises on every rank: UserError when no published architecture expresses the model, the tokenizer has more tokens
+    than it, or ``target`` exists; OSError when it cannot be written. Nothing is left then.
+    """
+    target = Path(target)
+    tokenizer = _tokenizer(tokenizer_folder)
+    config = config_json(settings, vocab_size, eos=tokenizer.eod, pad=tokenizer.pad)
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"tokenizer {tokenizer_folder} has {tokenizer.vocab_size} tokens, the model predicts over {vocab_size}: "
+            "the tokenizer does not belong to the model"
+        )
+    _refuse_existing(target, any(on_every_rank(target.exists)))
+    with drafted(target) as draft:
+        on_every_rank(lambda: _stream_out(chunks, settings, draft, vocab_size, shard_bytes))
+
+        def complete() -> None:
+            write_json(draft / "config.json", config)
+            write_json(draft / "generation_config.json", {"eos_token_id": tokenizer.eod, "pad_token_id": tokenizer.pad})
+            _copy_tokenizer(tokenizer_folder, draft)
+            os.replace(draft, target)
+            sync(target.parent)
+
+        rank_0(complete)
+
+
+def _stream_out(chunks: list[LogprobGPT], settings: Model, folder: Path, vocab_size: int, shard_bytes: int) -> None:
+    """Write the weights, on rank 0, and take part in putting them together, on the model-parallel group it is in."""
+    if get_data_parallel_rank():
+        return
+    tensors = published_stream(chunks, settings)
+    try:
+        if dist.get_rank() == 0:
+            write_safetensors(folder, published_shapes(settings, vocab_size), tensors, shard_bytes)
+    finally:
+        for _ in tensors:  # also when writing failed: the others wait for this rank at each of them
+            pass
+
+
+def require_layout(settings: Model, parallel: Parallel) -> None:
+    """Raise UserError unless the model can be split over that many tensor-parallel ranks and pipeline stages."""
+    sizes = {key: getattr(settings, key) for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size")}
+    for key, value in {**sizes, "vocabulary rows": VOCAB_MULTIPLE}.items():
+        if value % parallel.tensor:
+            raise UserError(f"tensor={parallel.tensor} does not divide the model's {key}={value}: choose one that does")
+    if settings.num_layers % parallel.pipeline:
+        raise UserError(
+            f"pipeline={parallel.pipeline} does not divide the model's num_layers={settings.num_layers}: "
+            "choose one that does"
+        )
+
+
+@contextlib.contextmanager
+def drafted(target: Path) -> Iterator[Path]:
+    """A new folder beside ``target``, which the block fills and renames; nothing is left when it fails. Collective."""
     draft = target.with_name(f"{target.name}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    with distributed(Parallel(), seed=0):
-        (model,) = build_model(settings, Parallel(), vocab_size, initialize=False)
-        load_published(source, settings, model)
-        save_weights(draft, [model])
-    (draft / "tokenizer").mkdir()
+
+    def make() -> None:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+
+    rank_0(make)
+    try:
+        yield draft
+    except BaseException:
+        if dist.get_rank() == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    """A tokenizer's files, from which transformers' AutoTokenizer makes the same one."""
+    target.mkdir(exist_ok=True)
+    settings = source / "tokenizer_config.json"
+    if not settings.is_file() or "tokenizer_class" not in read_object(settings, "download it again"):
+        Tokenizer.load(source).save(target)
+        return
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            shutil.copy(source / name, draft / "tokenizer" / name)
-    complete_draft(draft, target, identity, {})
-    print(f"wrote {target}: set pretrain.checkpoint={target} and tokenizer.path={target / 'tokenizer'}")
+            shutil.copyfile(source / name, target / name)
+            sync(target / name)
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    """A folder's tokenizer. Raises UserError when it has none, or one that brings code of its own."""
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder} has no tokenizer.json: download the model again, with its tokenizer")
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file() and "auto_map" in read_object(settings, "download it again"):
+        raise UserError(f"{settings} has auto_map: the tokenizer brings code of its own, which is never run")
+    return Tokenizer.load(folder)
+
+
+def _known(precision: str) -> str:
+    if precision not in DTYPES:
+        raise UserError(f"precision={precision} is not one of {', '.join(DTYPES)}")
+    return precision
+
+
+def _refuse_existing(target: Path, exists: bool) -> None:
+    if exists:
+        raise UserError(f"target={target} exists: give a new folder, or delete it")

@@ -161,7 +161,7 @@ def _fp8_options(settings: Model, parallel: Parallel) -> dict[str, Any]:
 def build_model(settings: Model, parallel: Parallel, vocab_size: int, *, initialize: bool = True) -> list[LogprobGPT]:
     """This process's model chunks (one, or virtual_pipeline of them), on its device, in its precision.
 
-    initialize: draw initial weights. Without, memory as it comes, on one tensor-parallel rank: for weights to be set.
+    initialize: draw initial weights. Without, memory as it comes: for weights that are to be set, and not trained.
     """
     config = transformer_config(settings, parallel)
     config.perform_initialization = initialize

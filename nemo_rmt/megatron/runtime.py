@@ -149,3 +149,10 @@ def gather_over_data_parallel(items: list) -> list:
     parts: list[list] = [[] for _ in range(parallel_state.get_data_parallel_world_size())]
     dist.all_gather_object(parts, items, group=parallel_state.get_data_parallel_group())
     return [item for part in parts for item in part]
+
+
+def gather_over_ranks(value: object) -> list:
+    """Every rank's Python object, in rank order."""
+    parts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, value)
+    return parts
