@@ -17,7 +17,11 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=[*find_packages(include=["nemo_rmt", "nemo_rmt.*"]), "nemo_rmt.recipes"],
     package_dir={"nemo_rmt": "nemo_rmt", "nemo_rmt.recipes": "recipes"},
-    package_data={"nemo_rmt.recipes": ["*.yaml", "*/*.yaml"], "nemo_rmt.report": ["*.j2"]},
+    package_data={
+        "nemo_rmt.recipes": ["*.yaml", "*/*.yaml"],
+        "nemo_rmt.report": ["*.j2"],
+        "nemo_rmt.stages.lm_eval": ["*.yaml"],
+    },
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.15.3,<0.17",
@@ -50,6 +54,8 @@ setup(
         "data": ["pyarrow>=14", "datasets>=3.0"],
         "bridge": ["megatron-bridge==0.3.1"],
         "vllm": ["vllm>=0.32,<0.33"],
+        # it takes transformers and accelerate as they come, and needs both for Hugging Face models
+        "lm-eval": ["lm-eval>=0.4.13,<0.5", "transformers>=4.57", "accelerate>=0.26"],
         "fp8": ["transformer-engine[pytorch]>=2.0"],
         "reasoning": ["reasoning-gym==0.1.25"],
         "wandb": ["wandb>=0.18"],

@@ -17,7 +17,7 @@ MAY_CHANGE = (
     "parallel.virtual_pipeline", "parallel.context", "parallel.sequence", "parallel.overlap", "parallel.recompute",
     "flywheel.keep_checkpoints", "flywheel.async_save", "flywheel.restarts", "*.checkpoint_interval",
     "*.micro_batch_size", "*.optim.max_skipped",
-    "model.logprob_chunk",
+    "model.logprob_chunk", "rollout.mismatch_*", "rollout.vllm.*", "evaluate.lm_eval.*",
 )  # fmt: skip
 """Keys that do not decide a run's results: another start of the same run may give them other values."""
 

@@ -183,10 +183,16 @@ class FlywheelRun:
         return self.run.stage_dir(ref.iteration, ref.stage)
 
     def is_done(self, ref: StageRef) -> bool:
-        """Whether a stage's result is there, and was made from its inputs as they are now, all done too."""
-        record = self.state.record(ref.iteration, ref.stage)
-        if record.status != "done" or self.run.result(ref.iteration, ref.stage) is None:
+        """Whether a stage's result is there, and was made from its inputs as they are now, all done too.
+
+        An evaluation that lm-eval has no part in yet is not done, once the recipe asks for it.
+        """
+        record, result = self.state.record(ref.iteration, ref.stage), self.run.result(ref.iteration, ref.stage)
+        if record.status != "done" or result is None:
             return False
+        if ref.stage == "evaluate" and self.recipe.evaluate.lm_eval.enabled:
+            if not any(name.startswith("lm_eval/") for name in result["metrics"]):
+                return False
         sources = [source for source in self.chain[ref].inputs.values() if isinstance(source, StageRef)]
         return all(map(self.is_done, sources)) and record.inputs == self.input_ids(self.chain[ref])
 

@@ -7,13 +7,16 @@ import subprocess
 from pathlib import Path
 
 from nemo_rmt.chain import fixed_differences, plan_chain, recipe_digest
-from nemo_rmt.config import FP8_CAPABILITY, Recipe
+from nemo_rmt.config import FP8_CAPABILITY, VOCAB_MULTIPLE, Recipe
 from nemo_rmt.errors import UserError
+from nemo_rmt.families import config_json
+from nemo_rmt.plan.activations import element_size
 from nemo_rmt.plan.inputs import input_checks, tokenizer_size
 from nemo_rmt.plan.parameters import parameter_count
 from nemo_rmt.process import gpu_count
 from nemo_rmt.recipe_io import load_recipe
 from nemo_rmt.run_folder import RunFolder, State, check_space, check_writable
+from nemo_rmt.stages.lm_eval.tasks import require_installed
 
 CHECKPOINT_BYTES_PER_PARAMETER = 16
 """fp32 weights, fp32 master weights and two Adam moments."""
@@ -32,6 +35,7 @@ def check(recipe: Recipe, run: RunFolder, *, download: bool = False, here: bool 
     """
     if not download:
         check_lengths(recipe)
+        check_published(recipe)
     if here and not download:
         check_machine(recipe)
     state = check_state(recipe, run)
@@ -72,9 +76,12 @@ def space_needed(recipe: Recipe, run: RunFolder, vocab_size: int) -> int:
         return 0
     trained = [ref for ref in remaining if ref.stage not in ("data", "evaluate")]
     checkpoints = len(trained) * recipe.flywheel.keep_checkpoints + bool(trained)
+    exported = sum(ref.stage == "evaluate" for ref in remaining) if recipe.evaluate.lm_eval.enabled else 0
+    parameters = parameter_count(recipe, vocab_size)
     data = sum(Path(c.path).stat().st_size for c in recipe.data.corpora if c.path and Path(c.path).is_file())
     return (
-        checkpoints * parameter_count(recipe, vocab_size) * CHECKPOINT_BYTES_PER_PARAMETER
+        checkpoints * parameters * CHECKPOINT_BYTES_PER_PARAMETER
+        + exported * parameters * element_size(recipe.model)
         + data * DATA_BYTES_PER_CHARACTER
         + 32 * 2**20  # metrics, logs, generated corpora, report
     )
@@ -97,6 +104,41 @@ def check_machine(recipe: Recipe) -> None:
         remedy = "model.layers=local" + (" and model.fp8=null" if recipe.model.fp8 else "")
         raise UserError(f"model.layers=transformer_engine needs a GPU and none is visible: set {remedy}")
     check_accelerator(recipe)
+    check_sampler(recipe)
+    require_installed(recipe)
+
+
+def check_published(recipe: Recipe) -> None:
+    """Raise UserError when vLLM or lm-eval is to have a model that no published architecture expresses."""
+    asking = {
+        "rollout.engine=vllm": recipe.rollout.engine == "vllm",
+        "evaluate.lm_eval.enabled=true": recipe.evaluate.lm_eval.enabled,
+    }
+    if any(asking.values()):
+        try:
+            config_json(recipe.model, VOCAB_MULTIPLE, eos=0)
+        except UserError as error:
+            raise UserError(f"{' and '.join(key for key, asked in asking.items() if asked)}: {error}") from None
+
+
+def check_sampler(recipe: Recipe) -> None:
+    """Raise UserError unless what samples is installed, and a server that the run starts has GPUs of its own."""
+    rollout, gpus = recipe.rollout, gpu_count()
+    if rollout.engine != "vllm":
+        return
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "rollout.engine=vllm, but vLLM is not installed: pip install 'nemo-rmt[vllm]', or set "
+            "rollout.engine=megatron"
+        )
+    if gpus and rollout.vllm.placement == "server" and rollout.vllm.url is None:
+        needed = recipe.cluster.gpus_per_node + rollout.vllm.tensor * rollout.vllm.data
+        if needed > gpus:
+            raise UserError(
+                f"rollout.vllm.placement=server takes rollout.vllm.tensor × data = {rollout.vllm.tensor} × "
+                f"{rollout.vllm.data} GPUs beside cluster.gpus_per_node={recipe.cluster.gpus_per_node}, and this "
+                f"machine has {gpus}: lower one of them, or give rollout.vllm.url"
+            )
 
 
 def check_accelerator(recipe: Recipe) -> None:

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from fake_checkpoint import write_checkpoint
 
-from nemo_rmt import flywheel
+from nemo_rmt import flywheel, preflight
 from nemo_rmt.config import Recipe
+from nemo_rmt.config.evaluation import LMEval
 from nemo_rmt.errors import UserError
 from nemo_rmt.flywheel import run_flywheel, run_one_stage
 from nemo_rmt.recipe_io import load_recipe, resolved_yaml
@@ -105,6 +106,21 @@ def test_a_failed_stage_stops_the_chain_and_the_next_start_resumes_it(recipe, ca
 
 def record(recipe: Recipe, stage: str):
     return RunFolder(Path(recipe.run_dir)).load_state().record(0, stage)
+
+
+def test_a_finished_run_is_measured_by_lm_eval_when_it_is_asked_for_later(recipe, monkeypatch):
+    assert run_flywheel(recipe, command=fake) == 0
+    ran(recipe)
+    monkeypatch.setattr(preflight, "require_installed", lambda recipe: None)
+    asked = changed(recipe, evaluate=recipe.evaluate.model_copy(update={"lm_eval": LMEval(enabled=True)}))
+    assert run_one_stage(asked, "evaluate", 1, command=fake) == 0
+    assert ran(recipe) == ["1/evaluate"]
+    result = RunFolder(Path(recipe.run_dir)).stage_dir(1, "evaluate") / "result.json"
+    measured = json.loads(result.read_text())
+    measured["metrics"]["lm_eval/chains/pass@1"] = 0.5
+    result.write_text(json.dumps(measured))
+    assert run_flywheel(asked, command=fake) == 0
+    assert ran(recipe) == ["0/evaluate"]
 
 
 def test_a_stage_that_crashes_is_started_again_where_the_recipe_says_so(recipe, capfd):

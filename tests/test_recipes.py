@@ -57,6 +57,13 @@ def test_one_node_is_too_small_for_the_14b_recipe_and_the_variant_for_it_fits(tm
     assert cli.main(["plan", "qwen3_14b", "--yaml", str(RECIPES / "variants/one_node_14b.yaml")]) == 0
 
 
+@pytest.mark.parametrize("variant", ["vllm", "vllm_ahead"])
+def test_the_14b_recipe_fits_with_vllm_beside_it_or_on_other_gpus(variant, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["plan", "qwen3_14b", "--yaml", str(RECIPES / f"variants/{variant}.yaml")]) == 0
+    assert "vLLM" in "".join(capsys.readouterr())
+
+
 @pytest.mark.parametrize("name", LARGE)
 def test_fp8_without_transformer_engine_is_refused(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -9,8 +9,9 @@ from nemo_rmt.config.data import Corpus, Data, Task, Tokenizer
 from nemo_rmt.config.layout import FP8_CAPABILITY, LOGITS_AT_ONCE, VOCAB_MULTIPLE, Cluster, Model, Parallel
 from nemo_rmt.config.recipe import Flywheel, Recipe, Tracking
 from nemo_rmt.config.rmt import RMT, TIERS, Budget, Curriculum, Difficulty, Prompt, Reward
+from nemo_rmt.config.rollout import VLLM, Rollout
 from nemo_rmt.config.section import Section
-from nemo_rmt.config.stages import GRPO, RL, SFT, Anneal, Evaluate, Optim, Pretrain, ReMiT, Rollout, Stage
+from nemo_rmt.config.stages import GRPO, RL, SFT, Anneal, Evaluate, Optim, Pretrain, ReMiT, Stage
 
 __all__ = [
     "Anneal",
@@ -43,5 +44,6 @@ __all__ = [
     "Task",
     "Tokenizer",
     "Tracking",
+    "VLLM",
     "VOCAB_MULTIPLE",
 ]

@@ -9,8 +9,9 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 from nemo_rmt.config.data import Data, Tokenizer
 from nemo_rmt.config.layout import Cluster, Model, Parallel
 from nemo_rmt.config.rmt import RMT
+from nemo_rmt.config.rollout import Rollout
 from nemo_rmt.config.section import Section
-from nemo_rmt.config.stages import RL, SFT, Anneal, Evaluate, Pretrain, Rollout, Stage
+from nemo_rmt.config.stages import RL, SFT, Anneal, Evaluate, Pretrain, Stage
 
 
 class Flywheel(Section):
@@ -117,6 +118,8 @@ class Recipe(Section):
                 self._batch(name, getattr(self, name))
         if self.rmt.enabled:
             self._reasoning()
+        if self.rollout.engine == "vllm":
+            self._vllm(world)
         if m.fp8 is not None:
             self._fp8()
         return self
@@ -148,6 +151,26 @@ class Recipe(Section):
                 raise ValueError(
                     f"rmt.corpora: {name!r} is no entry of data.corpora ({', '.join(names) or 'none'}): name one of "
                     "those, or set rmt.corpora=[] for all of them"
+                )
+
+    def _vllm(self, world: int) -> None:
+        """Refuse a vLLM that does not go with the model and the machines."""
+        rollout, vllm = self.rollout, self.rollout.vllm
+        if self.model.num_attention_heads % vllm.tensor:
+            raise ValueError(
+                f"rollout.vllm.tensor={vllm.tensor} does not divide model.num_attention_heads="
+                f"{self.model.num_attention_heads}: choose one that does"
+            )
+        if vllm.placement == "colocated" and world % vllm.tensor:
+            raise ValueError(
+                f"rollout.vllm.tensor={vllm.tensor} does not divide cluster.nodes × cluster.gpus_per_node = {world}: "
+                "replicas are made of whole ranks"
+            )
+        for key in ("request_timeout_s", "start_timeout_s"):
+            if getattr(vllm, key) >= self.cluster.hang_timeout_s:
+                raise ValueError(
+                    f"rollout.vllm.{key}={getattr(vllm, key)} is not less than cluster.hang_timeout_s="
+                    f"{self.cluster.hang_timeout_s}: the stage would count as hung first"
                 )
 
     def _fp8(self) -> None:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from nemo_rmt.config.evaluation import LMEval
 from nemo_rmt.config.section import Section
 
 
@@ -148,21 +149,6 @@ class RL(Stage):
         return self
 
 
-class Rollout(Section):
-    """How responses are sampled in training."""
-
-    engine: Literal["megatron"] = "megatron"
-    """megatron: in the training processes, from the live weights."""
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature; the trainer's log-probabilities use the same."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Nucleus; below 1 the sampled distribution is no longer the policy's."""
-    max_new_tokens: PositiveInt = 64
-    """Longest response, in tokens."""
-    batch_size: PositiveInt = 256
-    """Sequences sampled at once on one data-parallel rank."""
-
-
 class Evaluate(Section):
     """Held-out measurements."""
 
@@ -180,6 +166,8 @@ class Evaluate(Section):
     """Held-out tokens of each difficulty tier that are predicted directly and after a thought, where there is RMT."""
     tier_edges: tuple[float, float] = (0.5, 1.5)
     """Entropy edges in nats between easy, medium and hard tokens."""
+    lm_eval: LMEval = LMEval()
+    """The final model measured by lm-eval too."""
 
     @model_validator(mode="after")
     def _edges(self) -> Evaluate:

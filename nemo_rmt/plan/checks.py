@@ -22,6 +22,7 @@ REMEDIES = {
     "data.sft_path": 'put a file of {{"messages": [...]}} lines there',
     "data.tasks": "put a file of questions and answers there",
     "data.corpora": "put the corpus there",
+    "evaluate.lm_eval.include": "put the task YAMLs there",
 }
 """Where what a key names comes from, by the beginning of the key."""
 
@@ -49,6 +50,7 @@ def check_all(recipe: Recipe, vocab_size: int) -> Findings:
     findings = Findings(layout_problems(recipe, vocab_size))
     findings.run(lambda: preflight.check_accelerator(recipe))
     findings.run(lambda: preflight.check_lengths(recipe))
+    findings.run(lambda: preflight.check_published(recipe))
     state = None
     try:
         state = preflight.check_state(recipe, RunFolder(Path(recipe.run_dir)))

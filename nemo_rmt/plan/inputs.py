@@ -14,6 +14,7 @@ from pathlib import Path
 from nemo_rmt.compatibility import IMPORTED, model_vocab_size, require_compatible
 from nemo_rmt.config import Corpus, Recipe, Task
 from nemo_rmt.errors import UserError
+from nemo_rmt.stages.lm_eval import tasks as lm_eval_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,10 @@ def input_checks(recipe: Recipe, *, data_built: bool = False, download: bool = F
     if recipe.rmt.enabled and (scores := recipe.rmt.difficulty.scores) is not None:
         paths = {"rmt.difficulty.scores": scores}
         checks.append(Check(functools.partial(_check_scores, scores), paths, of_training=True))
+    if recipe.evaluate.lm_eval.enabled:
+        include = recipe.evaluate.lm_eval.include
+        paths = {} if include is None else {"evaluate.lm_eval.include": include}
+        checks.append(Check(functools.partial(lm_eval_tasks.check_tasks, recipe), paths, of_training=True))
     return checks + _tokenizer_and_checkpoints(recipe)
 
 

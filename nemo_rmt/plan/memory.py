@@ -140,8 +140,14 @@ def cache_bytes(model: Model, tensor: int, layers: int, rows: int, length: int) 
 
 
 def sampling_memory(recipe: Recipe, sampling: Sampling, layers: int, vocab_size: int, last: bool) -> int:
-    """Caches of a batch and what computing with them needs: documents come first, then prompts and responses."""
-    model, parallel = recipe.model, recipe.parallel
+    """Caches of a batch and what computing with them needs: documents come first, then prompts and responses.
+
+    A colocated vLLM takes its share of the GPU whatever it samples; a server is on other GPUs.
+    """
+    model, parallel, rollout = recipe.model, recipe.parallel, recipe.rollout
+    if rollout.engine == "vllm":
+        share = rollout.vllm.gpu_memory_utilization if rollout.vllm.placement == "colocated" else 0.0
+        return int(share * recipe.cluster.gpu_memory_gib * GIB)
     w = Widths.of(model, parallel.tensor)
     length = sampling.prompt + sampling.limit
     trunks = cache_bytes(model, parallel.tensor, layers, sampling.trunks, sampling.trunk_length)

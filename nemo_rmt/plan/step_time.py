@@ -26,11 +26,14 @@ class StepTime:
     sampling: float
     tokens: float
     """Trained on in the step."""
+    overlapped: bool = False
+    """Whether the next step's responses are sampled meanwhile, on other GPUs."""
 
     @property
     def seconds(self) -> float:
         """Of the whole step."""
-        return self.training + self.scoring + self.sampling
+        computed = self.training + self.scoring
+        return max(computed, self.sampling) if self.overlapped else computed + self.sampling
 
     @property
     def tokens_per_second(self) -> float:
@@ -55,6 +58,7 @@ def step_time(recipe: Recipe, workload: Workload, vocab_size: int) -> StepTime:
         scoring=workload.scored * workload.tokens * (layers + head) / rate * bubble,
         sampling=0.0 if sampling is None else sampling_seconds(recipe, sampling, vocab_size),
         tokens=workload.tokens,
+        overlapped=recipe.rollout.lag > 0,
     )
 
 

@@ -28,6 +28,12 @@ PARTS = {
 }
 """Columns of the memory table, by field of Memory."""
 
+VLLM_ASSUMED = {
+    ("vllm", "colocated"): " vLLM has rollout.vllm.gpu_memory_utilization of every GPU, and the in-process time.",
+    ("vllm", "server"): " The vLLM server's GPUs are not counted, and as fast as the training's.",
+}
+"""What else is assumed of sampling, by engine and placement."""
+
 
 def memory_table(recipe: Recipe, memories: dict[Workload, Memory]) -> Table:
     """A row per stage, GiB."""
@@ -143,6 +149,7 @@ def assumption_lines(recipe: Recipe, workloads: list[Workload]) -> Iterator[str]
         yield (
             f"Sampling: a token at a time, bound by reading weights and caches at {bandwidth:.2f} TB/s "
             f"(as many TFLOP/s a TB/s as an H100) × {c.gpu_efficiency:g}, or by arithmetic; in BF16 or fp32."
+            + VLLM_ASSUMED.get((recipe.rollout.engine, recipe.rollout.vllm.placement), "")
         )
     if any(workload.stage == "rl" for workload in workloads):
         yield "RL: every response is as long as rollout.max_new_tokens, every prompt as the rest of rl.sequence_length."

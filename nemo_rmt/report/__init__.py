@@ -64,6 +64,7 @@ def _render(run: Run, found: list[findings.Finding]) -> str:
         findings=found,
         stages=tables.stage_rows(run),
         tiers=tables.tier_table(run),
+        lm_eval=tables.lm_eval_table(run),
         figures=figures.all_figures(run),
         rmt=rmt.section(run),
         recipe=yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True) if run.recipe else "",

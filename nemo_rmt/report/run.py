@@ -144,7 +144,8 @@ class Run:
 
 def domains(metrics: dict[str, float]) -> list[str]:
     """The domains with a held-out nll, "all" last."""
-    names = list(dict.fromkeys(key.split("/")[-2] for key in metrics if "lm/" in key))
+    keys = [key for key in metrics if "lm/" in key and not key.startswith("lm_eval/")]
+    names = list(dict.fromkeys(key.split("/")[-2] for key in keys))
     return sorted(names, key=lambda name: name == "all")
 
 

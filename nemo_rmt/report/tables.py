@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from nemo_rmt.report.estimates import Estimate
+from nemo_rmt.report.estimates import Estimate, estimate
 from nemo_rmt.report.run import TRAINING, Run, StageRecord
 
 MODELS = ("pretrain", "anneal", "rmt", "sft", "rl")
@@ -83,6 +83,29 @@ def _tier(metrics: dict[str, float], base: str) -> str:
     portion = metrics.get(base + "share")
     of_tokens = "" if portion is None else f" of {100 * portion:.0f} % of tokens"
     return f"{100 * metrics[base + 'accuracy']:.1f} %{of_tokens}"
+
+
+def lm_eval_table(run: Run) -> Table | None:
+    """lm-eval's figures of each iteration's final model, beside our own of the same problems; None without any."""
+    rows, sources = [], []
+    for iteration in range(run.num_iterations):
+        stage = run.stage(iteration, "evaluate")
+        found = {key for key in stage.metrics if key.startswith("lm_eval/")}
+        for key in (key for key in stage.metrics if key in found and f"{key}_stderr" in found):
+            _, task, metric = key.split("/", 2)
+            ours = f"{task.removesuffix('_greedy')}/greedy" if task.endswith("_greedy") else f"{task}/{metric}"
+            own = estimate(stage.metrics, f"{prefix(stage.final_model)}tasks/{ours}")
+            rows.append([f"iteration {iteration}, {task}: {metric}", share(own), _with_error(stage.metrics, key)])
+            sources.append(f"{stage.folder}/result.json")
+    return Table(["task", "our evaluation", "lm-eval"], rows, unique(sources)) if rows else None
+
+
+def _with_error(metrics: dict[str, float], key: str) -> str:
+    """A figure of lm-eval's with the 95 % interval that its standard error makes; not every metric is a share."""
+    value, half = metrics[key], 1.96 * metrics[f"{key}_stderr"]
+    if not 0 <= value <= 1:
+        return f"{value:.4g} [{value - half:.4g}, {value + half:.4g}]"
+    return Estimate(value, max(0.0, value - half), min(1.0, value + half)).as_share()
 
 
 def _variant(stage: StageRecord) -> str:

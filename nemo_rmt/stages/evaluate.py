@@ -20,13 +20,20 @@ from nemo_rmt.rollout.engine import Sampling
 from nemo_rmt.rollout.in_process import InProcessEngine
 from nemo_rmt.stages.difficulty import scorer_checkpoint
 from nemo_rmt.stages.held_out import HeldOutPositions
+from nemo_rmt.stages.lm_eval import harness
+from nemo_rmt.stages.lm_eval.tasks import measured_splits
 from nemo_rmt.stages.rl import response_text
 from nemo_rmt.stages.session import Session
 
 
 def run(session: Session) -> None:
-    """Measure each checkpoint; the last one's figures have plain names, the others their stage's as a prefix."""
+    """Measure each checkpoint; the last one's figures have plain names, the others their stage's as a prefix.
+
+    Where the recipe asks for it lm-eval measures the last one too.
+    """
     began = time.perf_counter()
+    if session.recipe.evaluate.lm_eval.enabled:
+        harness.require_exportable(session)
     roles = [role for role in session.job.inputs if role != "data"]
     positions = held_out_positions(session, roles)
     metrics = json.loads((session.data_folder / "result.json").read_text())["metrics"]
@@ -46,6 +53,11 @@ def run(session: Session) -> None:
         tokens += scored + sampled + thought
         if session.layout.rank == 0:
             print(f"[{session.job.iteration}/evaluate] {role}: lm/all/nll {language['lm/all/nll']:.3f}", flush=True)
+    if session.recipe.evaluate.lm_eval.enabled:
+        harness.export(session, model.modules)
+        del model, positions  # lm-eval needs the memory
+        torch.cuda.empty_cache()
+        metrics |= harness.measure(session)
     session.finish(metrics, checkpoint=None, wall_s=time.perf_counter() - began, tokens=tokens)
 
 
@@ -102,9 +114,8 @@ def whole_batches(session: Session, rows: torch.Tensor, micro_batch_size: int) -
 def evaluate_tasks(session: Session, model: ScoredModel) -> tuple[dict[str, float], int]:
     """pass@1 and pass@k at temperature 1 and greedy accuracy, with 95 % intervals, of every task and split."""
     metrics, sampled = {}, 0
-    for task in session.tasks:
-        for split in ("held_out", "longer") if task.has_longer else ("held_out",):
-            name = task.name if split == "held_out" else f"{task.name}_longer"
+    for task, settings in zip(session.tasks, session.recipe.data.tasks, strict=True):
+        for name, split in measured_splits(settings).items():
             problems = list(
                 itertools.islice(task.problems(split, session.seed("evaluate")), session.recipe.evaluate.problems)
             )

@@ -62,6 +62,17 @@ def test_decoding_reads_the_weights_for_every_token():
     assert lowest < found < 1.3 * lowest  # caches and documents
 
 
+def test_a_server_one_step_ahead_hides_the_shorter_of_sampling_and_training():
+    server = ["rollout.engine=vllm", "rollout.vllm.placement=server", "rollout.max_weight_lag=1"]
+    taken = {}
+    for lag in (0, 1):
+        recipe = load_recipe("qwen3_14b", [], [*server, f"rollout.lag={lag}"])
+        (workload,) = workloads(recipe)
+        taken[lag] = step_time(recipe, workload, VOCAB)
+    assert taken[0].seconds == taken[0].training + taken[0].scoring + taken[0].sampling
+    assert taken[1].seconds == max(taken[0].training + taken[0].scoring, taken[0].sampling) < taken[0].seconds
+
+
 def test_rmts_budget_decays_over_the_stage():
     (workload,) = workloads(build("qwen3_14b"))
     sampling = workload.sampling
