@@ -4,6 +4,7 @@
 # make test-demo    the demo, and what it must show
 # make test-nemo    the NeMo 2.7 and nemo_run surfaces, and the core on NeMo's older Megatron-Core
 # make test-bridge    the Megatron-Bridge adapter
+# make test-vllm    vLLM's rollouts, and lm-eval's figures against ours
 # Each makes its environment first, if it is not there. PYTHON=python3.12 chooses another Python (3.10 to 3.12).
 
 PYTHON ?= python3
@@ -11,20 +12,21 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 NEMO := .venv-nemo
 BRIDGE := .venv-bridge
+VLLM := .venv-vllm
 PYTEST := -m pytest -q
 QUIET := OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1
 
 # what the older Megatron-Core could break: model, optimizer, schedules, checkpoints, sampling
 ON_OLDER_MEGATRON := $(addsuffix .py,$(addprefix tests/megatron/test_,\
-	cpu model train_step optimizer guard checkpoint generation datasets fp8 hugging_face))
+	cpu model train_step optimizer guard checkpoint generation datasets fp8 hugging_face published_layouts))
 
-.PHONY: demo test test-slurm test-demo test-nemo test-bridge install
+.PHONY: demo test test-slurm test-demo test-nemo test-bridge test-vllm install
 
 demo: $(INSTALLED)
 	$(VENV)/bin/nemo-rmt flywheel tiny run_dir=runs/demo
 
 test: $(INSTALLED)
-	$(QUIET) $(VENV)/bin/python $(PYTEST) --ignore=tests/slurm
+	$(QUIET) $(VENV)/bin/python $(PYTEST) --ignore=tests/slurm --ignore=tests/with_vllm
 
 test-slurm: $(INSTALLED)
 	.ci/install_slurm
@@ -39,6 +41,9 @@ test-nemo: $(NEMO)/.installed
 test-bridge: $(BRIDGE)/.installed
 	$(QUIET) $(BRIDGE)/bin/python $(PYTEST) tests/bridge
 
+test-vllm: $(VLLM)/.installed
+	$(QUIET) $(VLLM)/bin/python $(PYTEST) tests/with_vllm
+
 install: $(INSTALLED)
 
 $(INSTALLED): setup.py constraints.txt .ci/install .ci/venv
@@ -51,4 +56,8 @@ $(NEMO)/.installed: setup.py .ci/install_nemo .ci/venv
 
 $(BRIDGE)/.installed: $(INSTALLED) .ci/install_bridge
 	.ci/install_bridge "$(VENV)" "$(BRIDGE)"
+	@touch $@
+
+$(VLLM)/.installed: setup.py .ci/install_vllm .ci/venv
+	.ci/install_vllm "$(PYTHON)" "$(VLLM)"
 	@touch $@

@@ -10,4 +10,5 @@ class UserError(ValueError):
 
 
 class Diverged(RuntimeError):
-    """Too many optimizer steps in a row were skipped. Another start from the last checkpoint would skip them again."""
+    """Training has left its rails: too many steps in a row were skipped, or the sampler's probabilities are not the
+    trainer's. Another start from the last checkpoint would end the same way."""

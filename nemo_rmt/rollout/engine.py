@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy
 
@@ -54,29 +55,71 @@ class Rollout:
 
     prompt, response: token ids; of a branch prompt its own tokens. logprobs: of each response token under the sampler's
     weights at the sampling temperature, before top-p, in nats. finished: a stop token or the marker ended it, not the
-    length limit.
+    length limit. version: training steps that the weights had had which sampled it; of its oldest token.
     """
 
     prompt: list[int]
     response: list[int]
     logprobs: list[float]
     finished: bool
+    version: int = 0
 
 
-class RolloutEngine(Protocol):
-    """A sampler of the model in training. The same call on every model-parallel rank returns the same rollouts."""
+class EngineLost(Exception):
+    """The sampler ended, or no longer answers, and could not be brought back. What was trained so far is intact."""
+
+
+Pending = Callable[[], list[Rollout]]
+"""Waits for responses that were asked for: one per prompt, in order, the same on every model-parallel rank. Called by
+all ranks, once."""
+
+
+class RolloutEngine(ABC):
+    """A sampler of the model in training. All ranks make the same calls in the same order."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+        """Of the last calls, by "rollout/name"."""
+
+    @abstractmethod
+    def update_weights(self) -> None:
+        """Sample from the weights as they are now, from here on; nothing may be pending. Raises EngineLost."""
+
+    @abstractmethod
+    def submit(self, prompts: list[list[int]], sample_ids: list[int], sampling: Sampling) -> Pending:
+        """Ask for one response per prompt. ``sample_ids`` name the sequences' random streams.
+
+        The prompts are those of this data-parallel rank. Waiting for them raises EngineLost, on all ranks.
+        """
+
+    @abstractmethod
+    def submit_branches(
+        self, documents: list[list[int]], prompts: list[BranchPrompt], sample_ids: list[int], sampling: Sampling
+    ) -> Pending:
+        """As ``submit`` on ``documents[document][:position] + tokens``, but a document is computed once for all its
+        branches. Raises ValueError for a position outside of its document.
+        """
 
     def generate(self, prompts: list[list[int]], sample_ids: list[int], sampling: Sampling) -> list[Rollout]:
-        """One response per prompt, in order. ``sample_ids`` name the sequences' random streams."""
-        ...
+        """``submit``, and wait."""
+        return self.submit(prompts, sample_ids, sampling)()
 
     def generate_branches(
         self, documents: list[list[int]], prompts: list[BranchPrompt], sample_ids: list[int], sampling: Sampling
     ) -> list[Rollout]:
-        """As ``generate`` on ``documents[document][:position] + tokens``, but a document is computed once for all its
-        branches.
-        """
-        ...
+        """``submit_branches``, and wait."""
+        return self.submit_branches(documents, prompts, sample_ids, sampling)()
+
+    def close(self) -> None:
+        """End what was started for sampling."""
+
+
+def require_positions(documents: list[list[int]], prompts: list[BranchPrompt]) -> None:
+    """Raise ValueError for a branch prompt whose position is outside of its document."""
+    for prompt in prompts:
+        length = len(documents[prompt.document])
+        if not 0 <= prompt.position <= length:
+            raise ValueError(f"position {prompt.position} is outside of a document of {length} tokens")
 
 
 def sampling_noise(sample_ids: list[int], sampling: Sampling) -> numpy.ndarray:

@@ -2,20 +2,50 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 from nemo_rmt.megatron.generation import Trunks, generate
 from nemo_rmt.megatron.model import LogprobGPT
-from nemo_rmt.rollout.engine import BranchPrompt, Rollout, Sampling, sampling_noise
+from nemo_rmt.rollout.engine import (
+    BranchPrompt,
+    Pending,
+    Rollout,
+    RolloutEngine,
+    Sampling,
+    require_positions,
+    sampling_noise,
+)
 
 
-class InProcessEngine:
-    """Samples from the given model chunks, ``batch_size`` sequences at once."""
+class InProcessEngine(RolloutEngine):
+    """Samples from the given model chunks, ``batch_size`` sequences at once, when they are waited for.
 
-    def __init__(self, chunks: list[LogprobGPT], batch_size: int):
+    version: gives the training steps the weights have had.
+    """
+
+    def __init__(self, chunks: list[LogprobGPT], batch_size: int, version: Callable[[], int] = lambda: 0):
+        super().__init__()
         self.chunks = chunks
         self.batch_size = batch_size
+        self.version = version
 
-    def generate(self, prompts: list[list[int]], sample_ids: list[int], sampling: Sampling) -> list[Rollout]:
-        """See RolloutEngine. Prompts of similar length share a batch, which does not change what is sampled."""
+    def update_weights(self) -> None:
+        """Nothing to do: it samples from the weights in training."""
+
+    def submit(self, prompts: list[list[int]], sample_ids: list[int], sampling: Sampling) -> Pending:
+        """See RolloutEngine."""
+        return functools.partial(self._generate, prompts, sample_ids, sampling)
+
+    def submit_branches(
+        self, documents: list[list[int]], prompts: list[BranchPrompt], sample_ids: list[int], sampling: Sampling
+    ) -> Pending:
+        """See RolloutEngine."""
+        require_positions(documents, prompts)
+        return functools.partial(self._generate_branches, documents, prompts, sample_ids, sampling)
+
+    def _generate(self, prompts: list[list[int]], sample_ids: list[int], sampling: Sampling) -> list[Rollout]:
+        """Prompts of similar length share a batch, which does not change what is sampled."""
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         rollouts: dict[int, Rollout] = {}
         for start in range(0, len(order), self.batch_size):
@@ -23,18 +53,11 @@ class InProcessEngine:
             rollouts |= self._sample(indices, prompts, sample_ids, sampling)
         return [rollouts[index] for index in range(len(prompts))]
 
-    def generate_branches(
+    def _generate_branches(
         self, documents: list[list[int]], prompts: list[BranchPrompt], sample_ids: list[int], sampling: Sampling
     ) -> list[Rollout]:
-        """See RolloutEngine. Whole documents share a batch, those of similar length; one with more branches than a
-        batch holds takes several.
-
-        Raises ValueError for a position outside of its document.
-        """
-        for prompt in prompts:
-            if not 0 <= prompt.position <= len(documents[prompt.document]):
-                length = len(documents[prompt.document])
-                raise ValueError(f"position {prompt.position} is outside of a document of {length} tokens")
+        """Whole documents share a batch, those of similar length; one with more branches than a batch holds takes
+        several."""
         own = [prompt.tokens for prompt in prompts]
         rollouts: dict[int, Rollout] = {}
         for indices in _document_batches(prompts, self.batch_size):
@@ -68,8 +91,9 @@ class InProcessEngine:
             trunks=trunks,
         )
         columns = (sampled.tokens, sampled.logprobs, sampled.lengths, sampled.finished)
+        version = self.version()
         return {
-            index: Rollout(prompts[index], tokens[:length], logprobs[:length], finished)
+            index: Rollout(prompts[index], tokens[:length], logprobs[:length], finished, version)
             for index, tokens, logprobs, length, finished in zip(indices, *(c.tolist() for c in columns), strict=True)
         }
 

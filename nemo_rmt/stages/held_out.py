@@ -107,7 +107,7 @@ class HeldOutPositions:
             samples=samples,
             seed=session.seed("evaluate", "positions"),
             temperature=temperature,
-        )
+        )()
         columns = (answers.matches, answers.lengths, answers.formatted)
         rows = zip(*(column.view(-1).tolist() for column in columns), answers.rollouts, strict=True)
         flat = [

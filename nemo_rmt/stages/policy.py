@@ -1,26 +1,44 @@
-"""What every stage that trains on sampled responses shares: GRPO's loss on their tokens, and the sampler's error."""
+"""What every stage that trains on sampled responses shares: GRPO's loss on their tokens, and how far the sampler's
+probabilities are from the trainer's."""
 
 from __future__ import annotations
 
+import logging
+import math
+
 from torch import Tensor
 
-from nemo_rmt.config import GRPO
+from nemo_rmt.config import GRPO, Rollout
 from nemo_rmt.data.batch import TokenBatch
+from nemo_rmt.errors import Diverged
 from nemo_rmt.megatron.head import TokenScores
 from nemo_rmt.megatron.runtime import broadcast_from_last_stage, max_over_data_parallel
 from nemo_rmt.objectives import LossOutput, grpo_loss
 
+logger = logging.getLogger(__name__)
+
+MULT_PROB_ERROR = "rollout/token_mult_prob_error"
+
 
 def policy_loss(
-    scores: TokenScores, batch: TokenBatch, mask: Tensor, settings: GRPO, response_ids: Tensor | None = None
+    scores: TokenScores,
+    batch: TokenBatch,
+    mask: Tensor,
+    settings: GRPO,
+    rollout: Rollout,
+    response_ids: Tensor | None = None,
 ) -> LossOutput:
     """GRPO on the sampled tokens of a micro-batch, ``mask`` ``[batch, sequence]``.
 
     The micro-batch carries ``advantages`` and ``rollout_logprobs``, and ``old_logprobs`` and ``reference_logprobs``
-    where the settings need them. It is left with ``logprob_error``, for ``largest_error``.
+    where the settings need them. It is left with ``logprob_error``, for ``mismatch``.
+
+    Metrics: ``rollout/logprob_error_mean``, the mean of |trainer's − sampler's log-probability|, nats, and
+    ``rollout/token_mult_prob_error``, the mean of its exponential (NeMo RL's name): 1 where the two agree.
     """
     logprobs, extras = scores.logprobs, batch.extras
     old_logprobs = extras.get("old_logprobs", logprobs.detach())
+    corrected = rollout.engine == "vllm" and rollout.importance_cap is not None
     output = grpo_loss(
         logprobs,
         old_logprobs,
@@ -32,12 +50,15 @@ def policy_loss(
         kl_coefficient=settings.kl_coefficient,
         reference_logprobs=extras.get("reference_logprobs"),
         response_ids=response_ids,
+        rollout_logprobs=extras["rollout_logprobs"] if corrected else None,
+        importance_cap=rollout.importance_cap if corrected else None,
     )
     count = mask.sum()
     output.metrics["rl/entropy"] = ((scores.entropy.detach() * mask).sum(), count)
-    # Both are the weights' that sampled: any difference is an error of the sampler or the trainer.
+    # Where nothing lags, both are of the same weights: any difference is an error of the sampler or the trainer.
     extras["logprob_error"] = (old_logprobs - extras["rollout_logprobs"]).abs() * mask
-    output.metrics["train/rollout_logprob_error"] = (extras["logprob_error"].sum(), count)
+    output.metrics["rollout/logprob_error_mean"] = (extras["logprob_error"].sum(), count)
+    output.metrics[MULT_PROB_ERROR] = ((extras["logprob_error"].exp() * mask).sum(), count)
     return output
 
 
@@ -47,7 +68,24 @@ def attach(batch: TokenBatch, name: str, scores: TokenScores | None) -> None:
         batch.extras[name] = scores.logprobs
 
 
-def largest_error(micro_batches: list[TokenBatch]) -> float:
-    """The largest difference of log-probabilities between sampler and trainer, which the last pipeline stage knows."""
+def mismatch(metrics: dict[str, float], micro_batches: list[TokenBatch], settings: Rollout) -> dict[str, float]:
+    """What is known of the sampler's error after a step: ``rollout/logprob_error_max``, which the last pipeline stage
+    knows. Warns above rollout.mismatch_warning.
+
+    metrics: the step's. Raises Diverged, on every rank, above rollout.mismatch_limit.
+    """
     errors = [micro.extras["logprob_error"].max().item() for micro in micro_batches if "logprob_error" in micro.extras]
-    return broadcast_from_last_stage(max_over_data_parallel(max(errors, default=0.0)))
+    largest = broadcast_from_last_stage(max_over_data_parallel(max(errors, default=0.0)))
+    factor = metrics[MULT_PROB_ERROR]
+    found = (
+        f"the trainer's and the sampler's probabilities of the sampled tokens differ by a factor of {factor:.4g} on "
+        f"average, {math.exp(min(largest, 700.0)):.4g} at most"
+    )
+    if settings.mismatch_limit is not None and not factor <= settings.mismatch_limit:
+        raise Diverged(
+            f"{found}; rollout.mismatch_limit={settings.mismatch_limit}: the sampler's weights, precision or text are "
+            "not the trainer's. See rollout/* in metrics.jsonl; the step was not saved"
+        )
+    if not factor <= settings.mismatch_warning:
+        logger.warning("%s (rollout.mismatch_warning=%s)", found, settings.mismatch_warning)
+    return {"rollout/logprob_error_max": largest}

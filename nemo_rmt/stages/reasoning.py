@@ -5,7 +5,7 @@ RMT trains on the answers; evaluation counts them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,14 +84,15 @@ def ask(
     seed: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
-) -> Answers:
-    """Sample ``samples`` responses to every question, at most as long as a thought can earn a length reward.
+) -> Callable[[], Answers]:
+    """Ask for ``samples`` responses to every question, at most as long as a thought can earn a length reward; what is
+    returned waits for them.
 
     Without a budget a thought may take ``settings.thought_limit`` tokens. Raises UserError for a tokenizer without the
     thought's tokens.
     """
     prompt = branch_prompt(tokenizer, settings.prompt, budget)
-    rollouts = engine.generate_branches(
+    pending = engine.submit_branches(
         [list(document) for document in documents],
         [BranchPrompt(q.document, q.position, prompt) for q in questions for _ in range(samples)],
         [q.number * samples + index for q in questions for index in range(samples)],
@@ -105,6 +106,18 @@ def ask(
             after_marker=settings.reward.prediction_tokens,
         ),
     )
+    return lambda: read_answers(settings, tokenizer, documents, questions, pending(), samples)
+
+
+def read_answers(
+    settings: RMT,
+    tokenizer: Tokenizer,
+    documents: Sequence[Sequence[int]],
+    questions: Sequence[Question],
+    rollouts: list[Rollout],
+    samples: int,
+) -> Answers:
+    """What ``samples`` responses to every question hold, in the questions' order."""
     thoughts = [read_thought(r.response, tokenizer, opened=settings.prompt.open_think) for r in rollouts]
     correct = []
     for index, thought in enumerate(thoughts):

@@ -1,12 +1,13 @@
-"""Reinforcement learning on verifiable tasks with GRPO, rollouts from the live weights."""
+"""Reinforcement learning on verifiable tasks with GRPO."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from nemo_rmt.config import GRPO
+from nemo_rmt.config import GRPO, Recipe
 from nemo_rmt.data.batch import TokenBatch
 from nemo_rmt.data.tasks import Problem, TaskFamily, guarded_score
 from nemo_rmt.errors import UserError
@@ -14,8 +15,8 @@ from nemo_rmt.megatron.head import TokenScores
 from nemo_rmt.megatron.runtime import max_over_data_parallel, sum_over_data_parallel
 from nemo_rmt.objectives import LossOutput, group_advantages, standard_deviation
 from nemo_rmt.rollout.engine import Rollout, Sampling
-from nemo_rmt.rollout.in_process import InProcessEngine
-from nemo_rmt.stages.policy import attach, largest_error, policy_loss
+from nemo_rmt.stages.policy import attach, mismatch, policy_loss
+from nemo_rmt.stages.rollouts import Sampler, sampler
 from nemo_rmt.stages.session import Session
 from nemo_rmt.stages.training import Training
 
@@ -32,11 +33,11 @@ class ScoredRollouts:
     scoring_errors: int
 
 
-def grpo_objective(settings: GRPO):
+def grpo_objective(recipe: Recipe):
     """GRPO on rows of one response each, see ``policy_loss``."""
 
     def objective(scores: TokenScores, batch: TokenBatch) -> LossOutput:
-        return policy_loss(scores, batch, batch.loss_mask, settings)
+        return policy_loss(scores, batch, batch.loss_mask, recipe.rl.grpo, recipe.rollout)
 
     return objective
 
@@ -49,27 +50,26 @@ def run(session: Session) -> None:
     start = session.require_input("checkpoint")
     reference = session.frozen_model(start) if grpo.kl_coefficient else None
     training = Training(session, start, updates_per_step=grpo.updates_per_rollout)
-    engine = InProcessEngine(training.model.modules, session.recipe.rollout.batch_size)
-    objective, temperature = grpo_objective(grpo), session.recipe.rollout.temperature
-    for step in training.steps():
-        problems = draw_problems(session, step)
-        scored = sample_and_score(session, engine, problems, step)
-        batch = pack(session, scored, grpo)
-        size = settings.micro_batch_size
-        if reference is not None:
-            attach(batch, "reference_logprobs", reference.score(batch, size, temperature=temperature))
-        if grpo.updates_per_rollout > 1:  # strictly on-policy, the old log-probabilities are the policy's own
-            attach(batch, "old_logprobs", training.model.score(batch, size, temperature=temperature))
-        micro_batches = batch.micro_batches(size)
-        for _ in range(grpo.updates_per_rollout):
-            metrics = training.model.train_step(micro_batches, objective, temperature=temperature, with_entropy=True)
-        metrics["train/rollout_logprob_error_max"] = largest_error(micro_batches)
-        rollout_metrics, tokens = summarise(session, scored)
-        training.record(
-            {**metrics, **rollout_metrics},
-            tokens=tokens,
-            samples=lambda: [(index, f"{task.name}:{index}") for index, task in turns(session, step)],
-        )
+    objective, rollout, size = grpo_objective(session.recipe), session.recipe.rollout, settings.micro_batch_size
+    with sampler(session, training) as sampling:
+        for step, scored in sampling.steps(lambda step: sample_and_score(session, sampling, step)):
+            batch = pack(session, scored, grpo)
+            if reference is not None:
+                attach(batch, "reference_logprobs", reference.score(batch, size, temperature=rollout.temperature))
+            if grpo.updates_per_rollout > 1:  # strictly on-policy, the old log-probabilities are the policy's own
+                attach(batch, "old_logprobs", training.model.score(batch, size, temperature=rollout.temperature))
+            micro_batches = batch.micro_batches(size)
+            for _ in range(grpo.updates_per_rollout):
+                metrics = training.model.train_step(
+                    micro_batches, objective, temperature=rollout.temperature, with_entropy=True
+                )
+            metrics |= mismatch(metrics, micro_batches, rollout) | sampling.metrics
+            rollout_metrics, tokens = summarise(session, scored)
+            training.record(
+                {**metrics, **rollout_metrics},
+                tokens=tokens,
+                samples=lambda step=step: [(index, f"{task.name}:{index}") for index, task in turns(session, step)],
+            )
 
 
 def turns(session: Session, step: int) -> list[tuple[int, TaskFamily]]:
@@ -85,15 +85,14 @@ def draw_problems(session: Session, step: int) -> list[tuple[TaskFamily, Problem
     return [(task, task.problem("train", seed, index)) for index, task in turns(session, step)]
 
 
-def sample_and_score(
-    session: Session, engine: InProcessEngine, problems: list[tuple[TaskFamily, Problem]], step: int
-) -> ScoredRollouts:
-    """G responses to every problem, their rewards and group-relative advantages."""
+def sample_and_score(session: Session, sampler: Sampler, step: int) -> Callable[[], ScoredRollouts]:
+    """Ask for G responses to every problem of a step; what is returned waits for them, for their rewards and
+    group-relative advantages."""
     grpo, rollout, tokenizer = session.recipe.rl.grpo, session.recipe.rollout, session.tokenizer
-    size = grpo.samples_per_group
+    size, problems = grpo.samples_per_group, draw_problems(session, step)
     prompts = [tokenizer.chat_prompt([{"role": "user", "content": problem.question}]) for _, problem in problems]
     first = step * session.settings.global_batch_size + session.shard(session.settings.global_batch_size).start
-    rollouts = engine.generate(
+    pending = sampler.engine.submit(
         [prompt for prompt in prompts for _ in range(size)],
         list(range(first, first + size * len(prompts))),
         Sampling(
@@ -104,15 +103,21 @@ def sample_and_score(
             top_p=rollout.top_p,
         ),
     )
-    texts = [response_text(session, rollout) for rollout in rollouts]
-    scores = [guarded_score(*problems[index // size], text) for index, text in enumerate(texts)]
-    rewards = torch.tensor([score for score, _ in scores]).view(-1, size)
-    return ScoredRollouts(
-        rollouts=rollouts,
-        rewards=rewards,
-        advantages=group_advantages(rewards, normalize_std=grpo.normalize_std),
-        scoring_errors=sum(errored for _, errored in scores),
-    )
+
+    def score() -> ScoredRollouts:
+        rollouts = pending()
+        sampler.require_fresh(rollouts)
+        texts = [response_text(session, rollout) for rollout in rollouts]
+        scores = [guarded_score(*problems[index // size], text) for index, text in enumerate(texts)]
+        rewards = torch.tensor([score for score, _ in scores]).view(-1, size)
+        return ScoredRollouts(
+            rollouts=rollouts,
+            rewards=rewards,
+            advantages=group_advantages(rewards, normalize_std=grpo.normalize_std),
+            scoring_errors=sum(errored for _, errored in scores),
+        )
+
+    return score
 
 
 def response_text(session: Session, rollout: Rollout) -> str:

@@ -11,18 +11,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nemo_rmt.config import RMT, TIERS
+from nemo_rmt.config import RMT, TIERS, Rollout
 from nemo_rmt.data.batch import TokenBatch
 from nemo_rmt.data.tree import BRANCH_MASK, Branch, TokenTree, pack_trees, split_tree
 from nemo_rmt.megatron.head import TokenScores
 from nemo_rmt.megatron.runtime import max_over_data_parallel, sum_over_data_parallel
 from nemo_rmt.objectives import LossOutput, group_advantages, ntp_loss, rmt_loss, standard_deviation
-from nemo_rmt.rollout.engine import RolloutEngine
-from nemo_rmt.rollout.in_process import InProcessEngine
 from nemo_rmt.stages.curriculum import Curriculum, Origin
-from nemo_rmt.stages.policy import attach, largest_error, policy_loss
+from nemo_rmt.stages.policy import attach, mismatch, policy_loss
 from nemo_rmt.stages.pretrain import next_token
 from nemo_rmt.stages.reasoning import Answers, Question, ask, rewards_of, step_budget
+from nemo_rmt.stages.rollouts import Sampler, sampler
 from nemo_rmt.stages.session import Session
 from nemo_rmt.stages.training import Training
 
@@ -60,25 +59,28 @@ def run(session: Session) -> None:
     curriculum.skip(training.done)
     if not sampled:
         return next_tokens_only(session, training, curriculum)
-    engine = InProcessEngine(training.model.modules, rollout.batch_size)
     size, temperature = settings.micro_batch_size, rollout.temperature
-    for step in training.steps():
-        rounds = think(session, engine, curriculum, step)
-        batch, totals = pack(session, trees_of(rounds, settings))
-        if reference is not None:
-            attach(batch, "reference_logprobs", reference.score(batch, size, temperature=temperature))
-        if settings.grpo.updates_per_rollout > 1:  # strictly on-policy, the old log-probabilities are the policy's own
-            attach(batch, "old_logprobs", training.model.score(batch, size, temperature=temperature))
-        micro_batches, objective = batch.micro_batches(size), dual_objective(settings, totals)
-        for _ in range(settings.grpo.updates_per_rollout):
-            metrics = training.model.train_step(micro_batches, objective, temperature=temperature, with_entropy=True)
-        metrics["train/rollout_logprob_error_max"] = largest_error(micro_batches)
-        metrics |= summarise(session, rounds, step, curriculum.probabilities(step))
-        training.record(
-            metrics,
-            tokens=totals["tokens"],
-            samples=lambda: [each for asked in rounds for each in positions(asked.questions, asked.origins)],
-        )
+    with sampler(session, training) as sampling:
+        for step, rounds in sampling.steps(lambda step: think(session, sampling, curriculum, step)):
+            batch, totals = pack(session, trees_of(rounds, settings))
+            if reference is not None:
+                attach(batch, "reference_logprobs", reference.score(batch, size, temperature=temperature))
+            if settings.grpo.updates_per_rollout > 1:  # strictly on-policy, they are the policy's own
+                attach(batch, "old_logprobs", training.model.score(batch, size, temperature=temperature))
+            micro_batches, objective = batch.micro_batches(size), dual_objective(settings, rollout, totals)
+            for _ in range(settings.grpo.updates_per_rollout):
+                metrics = training.model.train_step(
+                    micro_batches, objective, temperature=temperature, with_entropy=True
+                )
+            metrics |= mismatch(metrics, micro_batches, rollout) | sampling.metrics
+            metrics |= summarise(session, rounds, step, curriculum.probabilities(step))
+            training.record(
+                metrics,
+                tokens=totals["tokens"],
+                samples=lambda rounds=rounds: [
+                    p for asked in rounds for p in positions(asked.questions, asked.origins)
+                ],
+            )
 
 
 def positions(questions: list[Question], origins: list[Origin]) -> list[tuple[int, str]]:
@@ -86,19 +88,18 @@ def positions(questions: list[Question], origins: list[Origin]) -> list[tuple[in
     return [(question.number, origins[question.document].position(question.position)) for question in questions]
 
 
-def think(session: Session, engine: RolloutEngine, curriculum: Curriculum, step: int) -> list[Round]:
-    """Questions, sampled responses, rewards and group-relative advantages; where groups without variance are to be
-    replaced, in rounds."""
+def think(session: Session, sampler: Sampler, curriculum: Curriculum, step: int) -> Callable[[], list[Round]]:
+    """Ask a step's questions; what is returned waits for responses, rewards and group-relative advantages, and, where
+    groups without variance are to be replaced, asks and waits for further rounds."""
     settings, rollout = session.settings, session.recipe.rollout
-    budget = step_budget(settings, step)
-    rounds: list[Round] = []
-    missing = settings.global_batch_size
-    for number, asked in enumerate(curriculum.draw(step)):
-        documents, questions, origins = curriculum.questions(asked, step, number, missing)
-        answers = ask(
+    budget, draws = step_budget(settings, step), curriculum.draw(step)
+
+    def ask_round(number: int, limit: int) -> Callable[[], Round]:
+        documents, questions, origins = curriculum.questions(draws[number], step, number, limit)
+        pending = ask(
             settings,
             session.tokenizer,
-            engine,
+            sampler.engine,
             documents,
             questions,
             budget=budget,
@@ -107,14 +108,28 @@ def think(session: Session, engine: RolloutEngine, curriculum: Curriculum, step:
             temperature=rollout.temperature,
             top_p=rollout.top_p,
         )
-        rewards, length_rewards = rewards_of(answers, settings, budget)
-        advantages = group_advantages(rewards, normalize_std=settings.grpo.normalize_std)
-        rounds.append(Round(documents, questions, answers, rewards, length_rewards, advantages, origins))
-        varied = sum_over_data_parallel({"varied": sum(rounds[-1].varied)})["varied"]
-        missing -= int(varied)
-        if not missing:
-            break
-    return rounds
+
+        def answered() -> Round:
+            answers = pending()
+            sampler.require_fresh(answers.rollouts)
+            rewards, length_rewards = rewards_of(answers, settings, budget)
+            advantages = group_advantages(rewards, normalize_std=settings.grpo.normalize_std)
+            return Round(documents, questions, answers, rewards, length_rewards, advantages, origins)
+
+        return answered
+
+    first = ask_round(0, settings.global_batch_size)
+
+    def all_rounds() -> list[Round]:
+        rounds, missing = [first()], settings.global_batch_size
+        for number in range(1, len(draws)):
+            missing -= int(sum_over_data_parallel({"varied": sum(rounds[-1].varied)})["varied"])
+            if not missing:
+                break
+            rounds.append(ask_round(number, missing)())
+        return rounds
+
+    return all_rounds
 
 
 def pack(session: Session, trees: list[TokenTree]) -> tuple[TokenBatch, dict[str, int]]:
@@ -190,12 +205,16 @@ def branches_of(each: Round, index: int, position: int) -> list[Branch]:
     return branches
 
 
-def dual_objective(settings: RMT, totals: dict[str, int]) -> Callable[[TokenScores, TokenBatch], LossOutput]:
+def dual_objective(
+    settings: RMT, rollout: Rollout, totals: dict[str, int]
+) -> Callable[[TokenScores, TokenBatch], LossOutput]:
     """GRPO on the branches and next-token prediction on the documents, each over its own global count."""
 
     def objective(scores: TokenScores, batch: TokenBatch) -> LossOutput:
         return rmt_loss(
-            policy_loss(scores, batch, batch.extras[BRANCH_MASK], settings.grpo, response_ids=batch.branch_ids),
+            policy_loss(
+                scores, batch, batch.extras[BRANCH_MASK], settings.grpo, rollout, response_ids=batch.branch_ids
+            ),
             ntp_loss(scores.logprobs, batch.loss_mask),
             ntp_coefficient=settings.ntp_coefficient,
             rl_tokens=totals["rl"],

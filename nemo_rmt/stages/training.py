@@ -169,9 +169,13 @@ class Training:
         progress = {"tokens": self.tokens, "wall_s": self.wall_s, "metrics": self.metrics, "guard": guard}
         self.last, self.saved = self.checkpoints.save(self.done, self.model, progress), self.done
 
-    def _stop(self) -> None:
-        """Leave as asked; what this start has done is saved first."""
+    def keep(self) -> None:
+        """Save what this start has done, before it ends early."""
         if self.saved < self.done:
             self._save()
         self.checkpoints.finish()
+
+    def _stop(self) -> None:
+        """Leave as asked."""
+        self.keep()
         raise stopping.Stopped(f"request after step {self.done} of {self.settings.steps}")

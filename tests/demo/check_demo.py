@@ -88,7 +88,7 @@ def test_rmt_follows_its_budget_and_its_sampler_agrees_with_its_trainer(iteratio
     last = steps[-len(steps) // 10 :]
     # one small run on whatever machine: near the budget; the evidence recipe measures how near, over seeds
     assert sum(step["rmt/think_length"] for step in last) / len(last) == pytest.approx(budgets[-1], rel=0.4)
-    assert max(step["train/rollout_logprob_error_max"] for step in steps) < 1e-4
+    assert max(step["rollout/logprob_error_max"] for step in steps) < 1e-4
 
 
 @pytest.mark.parametrize("iteration", ITERATIONS)

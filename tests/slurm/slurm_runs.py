@@ -22,7 +22,7 @@ from nemo_rmt.tracking import read_metrics
 
 SCRIPTS = ROOT / "slurm"
 TRAINING = ("pretrain", "anneal", "rmt", "sft", "rl")
-TIMINGS = {"time", "wall_s", "train/tokens_per_s", "train/step_s"}
+TIMINGS = {"time", "wall_s", "train/tokens_per_s", "train/step_s", "rollout/wait_s"}
 """What depends on the clock, not on the computation."""
 TP2 = "parallel.tensor=2"
 STEPS = 8

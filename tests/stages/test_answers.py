@@ -26,9 +26,9 @@ class Scripted:
     def __init__(self, responses: list[list[int]]):
         self.responses = responses
 
-    def generate_branches(self, documents, prompts, sample_ids, sampling):
+    def submit_branches(self, documents, prompts, sample_ids, sampling):
         self.documents, self.prompts, self.sample_ids, self.sampling = documents, prompts, sample_ids, sampling
-        return [
+        return lambda: [
             Rollout(prompt.tokens, response, [-1.0] * len(response), True)
             for prompt, response in zip(prompts, self.responses, strict=True)
         ]
@@ -48,7 +48,7 @@ def asked(tokenizer):
     assert document[6] != five
     engine = Scripted(responses)
     questions = [Question(0, 6, 2, number=7), Question(0, 3, 0, number=8)]
-    answers = ask(settings(), tokenizer, engine, [document], questions, budget=4, samples=2, seed=3)
+    answers = ask(settings(), tokenizer, engine, [document], questions, budget=4, samples=2, seed=3)()
     return document, engine, answers
 
 
@@ -95,7 +95,7 @@ def test_without_a_budget_thoughts_may_be_long_throughout(tokenizer):
     )
     assert step_budget(without, 0) is None is step_budget(without, 10)
     engine = Scripted([[tokenizer.eod]] * 2)
-    ask(without, tokenizer, engine, [[5, 6, 7]], [Question(0, 1, 2, 0)], budget=None, samples=2, seed=0)
+    ask(without, tokenizer, engine, [[5, 6, 7]], [Question(0, 1, 2, 0)], budget=None, samples=2, seed=0)()
     assert engine.sampling.max_new_tokens == 2 * 6 + 2
     assert engine.prompts[0].tokens == [tokenizer.think]
 
@@ -107,7 +107,7 @@ def test_the_budget_decays_over_the_stage():
 def test_a_model_that_must_open_its_thought_gets_a_token_more(tokenizer):
     engine = Scripted([[tokenizer.think, 9, tokenizer.end_think, 6], [9, tokenizer.end_think, 6]])
     own = settings(prompt={"instruction": "[{budget}]", "open_think": False})
-    answers = ask(own, tokenizer, engine, [[5, 6, 7]], [Question(0, 1, 2, 0)], budget=4, samples=2, seed=0)
+    answers = ask(own, tokenizer, engine, [[5, 6, 7]], [Question(0, 1, 2, 0)], budget=4, samples=2, seed=0)()
     assert engine.prompts[0].tokens == tokenizer.encode("[4]")
     assert engine.sampling.max_new_tokens == 1 + 8 + 1 + 1
     assert answers.matches.tolist() == [[1, 0]] and answers.formatted.tolist() == [[1, 0]]

@@ -84,13 +84,13 @@ class HalfRight:
     def __init__(self, *_):
         pass
 
-    def generate_branches(self, documents, prompts, sample_ids, sampling):
+    def submit_branches(self, documents, prompts, sample_ids, sampling):
         rollouts = []
         for number, prompt in zip(sample_ids, prompts, strict=True):
             answer = documents[prompt.document][prompt.position]
             response = [7, 7, sampling.marker, answer] if number % 2 == 0 else [7] * (sampling.max_new_tokens)
             rollouts.append(Rollout(prompt.tokens, response, [0.0] * len(response), number % 2 == 0))
-        return rollouts
+        return lambda: rollouts
 
 
 def test_the_figures_of_a_tier_are_those_of_its_answers(session, model, monkeypatch):

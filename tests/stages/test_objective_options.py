@@ -82,8 +82,8 @@ def test_later_updates_on_the_same_rollouts_are_off_policy(run, recipe, monkeypa
     assert all(step["train/ratio_mean"] == 1 for step in steps[1])
     assert any(abs(step["train/ratio_mean"] - 1) > 1e-5 for step in steps[3])
     for step in steps[1] + steps[3]:
-        assert step["train/rollout_logprob_error_max"] < 1e-4  # the sampler and the trainer agree
-        assert step["train/rollout_logprob_error"] <= step["train/rollout_logprob_error_max"]
+        assert step["rollout/logprob_error_max"] < 1e-4  # the sampler and the trainer agree
+        assert step["rollout/logprob_error_mean"] <= step["rollout/logprob_error_max"]
 
 
 def test_kept_groups_without_variance_count_in_the_denominator(run, recipe, monkeypatch):

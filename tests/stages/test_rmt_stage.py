@@ -170,7 +170,7 @@ def test_the_next_token_term_is_that_of_plain_next_token_prediction_on_the_same_
     """With all advantages 0 the policy's gradient vanishes, and λ times plain next-token prediction's is left."""
     batch, totals = pack(session, trees_of([answered(ALL_VARY)], session.settings))
     batch.extras["advantages"].zero_()
-    dual, metrics = gradients(run, recipe, batch, dual_objective(session.settings, totals))
+    dual, metrics = gradients(run, recipe, batch, dual_objective(session.settings, recipe.rollout, totals))
     plain, expected = gradients(run, recipe, batch, next_token)
     assert metrics["ntp/loss"] == pytest.approx(expected["loss"], rel=1e-6) and metrics["ntp/loss"] > 1
     for name, gradient in plain.items():
@@ -182,9 +182,10 @@ def test_the_policy_term_does_not_depend_on_how_many_document_tokens_there_are(r
     alone = session.settings.model_copy(update={"ntp_coefficient": 0.0})
     trees = trees_of([answered(ALL_VARY)], session.settings)
     batch, totals = pack(session, trees)
-    long, _ = gradients(run, recipe, batch, dual_objective(alone, totals))
+    long, _ = gradients(run, recipe, batch, dual_objective(alone, recipe.rollout, totals))
     batch.loss_mask[:, 1:] = 0
-    short, _ = gradients(run, recipe, batch, dual_objective(alone, {**totals, "ntp": int(batch.loss_mask.sum())}))
+    fewer = {**totals, "ntp": int(batch.loss_mask.sum())}
+    short, _ = gradients(run, recipe, batch, dual_objective(alone, recipe.rollout, fewer))
     for name, gradient in long.items():
         torch.testing.assert_close(short[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
 
@@ -214,7 +215,7 @@ def test_the_stage_follows_its_budget_and_schedule_and_logs_the_samplers_error(r
     for step in steps:
         assert step["rmt/groups"] == recipe.rmt.global_batch_size
         assert sum(step.get(f"rmt/share_{tier}", 0.0) for tier in ("easy", "medium", "hard")) == pytest.approx(1)
-        assert step["train/rollout_logprob_error"] <= step["train/rollout_logprob_error_max"] < 1e-4
+        assert step["rollout/logprob_error_mean"] <= step["rollout/logprob_error_max"] < 1e-4
         assert step["rmt/think_length"] <= 2 * step["rmt/budget"] + 2
         assert step["rl/ratio_mean"] == 1 and step["ntp/loss"] > 1
     result = json.loads((folder / "result.json").read_text())
@@ -222,7 +223,7 @@ def test_the_stage_follows_its_budget_and_schedule_and_logs_the_samplers_error(r
 
 
 def test_a_stage_killed_between_rollout_and_update_ends_with_the_same_numbers(run, monkeypatch):
-    timings = {"time", "train/tokens_per_s", "train/step_s"}
+    timings = {"time", "train/tokens_per_s", "train/step_s", "rollout/wait_s"}
     changes = {"checkpoint_interval": 2, "resample_rounds": 1}
     undisturbed = read_metrics(run("undisturbed", **changes) / "metrics.jsonl")
     update, calls = TrainedModel.train_step, []
@@ -272,7 +273,7 @@ def test_scores_that_are_given_are_used_and_give_the_same_steps(run, recipe, dat
 def test_other_ways_to_ask_and_to_match_train_too(run, changes):
     name = next(iter(changes))
     for step in read_metrics(run(f"other_{name}", **changes) / "metrics.jsonl"):
-        assert step["train/rollout_logprob_error_max"] < 1e-4 and step["rmt/response_length"] > 0
+        assert step["rollout/logprob_error_max"] < 1e-4 and step["rmt/response_length"] > 0
 
 
 def test_scores_of_another_dataset_are_refused(run, data_folder, tmp_path):

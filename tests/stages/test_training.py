@@ -25,7 +25,7 @@ from nemo_rmt.stages.session import Session
 from nemo_rmt.stages.training import Training
 from nemo_rmt.tracking import read_metrics
 
-TIMINGS = {"time", "train/tokens_per_s", "train/step_s"}
+TIMINGS = {"time", "train/tokens_per_s", "train/step_s", "rollout/wait_s"}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""vLLM behind the engine protocol: in the training processes, or as a server. Importing this imports nothing."""

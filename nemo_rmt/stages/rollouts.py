@@ -1,0 +1,102 @@
+"""A stage's steps with what was sampled for each: now, or one step ahead where another machine samples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from nemo_rmt.megatron.runtime import max_over_ranks
+from nemo_rmt.rollout.engine import EngineLost, Rollout, RolloutEngine
+from nemo_rmt.rollout.in_process import InProcessEngine
+from nemo_rmt.stages.session import Session
+from nemo_rmt.stages.training import Training
+
+Answers = TypeVar("Answers")
+
+
+class Sampler:
+    """The recipe's rollout engine around one stage's training.
+
+    Args:
+        session: the stage's session. training: of the model that samples. engine: samples from it.
+    """
+
+    def __init__(self, session: Session, training: Training, engine: RolloutEngine):
+        self.training, self.engine = training, engine
+        self.settings = session.recipe.rollout
+        self.metrics: dict[str, float] = {}
+        """Of the last step, by "rollout/name"."""
+
+    def steps(self, ask: Callable[[int], Callable[[], Answers]]) -> Iterator[tuple[int, Answers]]:
+        """The steps still to do, see ``Training.steps``, each with its answers.
+
+        ask: asks the engine for what a step needs; what it returns waits for it.
+
+        With rollout.lag=1 the next step's are asked for before this one trains, from the weights it begins with; the
+        first after a start, and after an interruption, are from weights of its own step. When the sampler is lost, what
+        was trained is saved, then EngineLost is raised.
+        """
+        waiting: Callable[[], Answers] | None = None
+        for step in self.training.steps():
+            try:
+                self.metrics, began = {}, time.perf_counter()
+                if waiting is None:
+                    waiting = self._ask(ask, step)
+                answers, waiting = waiting(), None
+                self.metrics["rollout/wait_s"] = time.perf_counter() - began
+                if self.settings.lag and step + 1 < self.training.settings.steps:
+                    waiting = self._ask(ask, step + 1)
+            except EngineLost:
+                self.training.keep()
+                raise
+            self.metrics |= self.engine.metrics
+            yield step, answers
+
+    def _ask(self, ask: Callable[[int], Callable[[], Answers]], step: int) -> Callable[[], Answers]:
+        self.engine.update_weights()
+        return ask(step)
+
+    def require_fresh(self, rollouts: list[Rollout]) -> None:
+        """Raise EngineLost, on all ranks, when a response is from weights older than rollout.max_weight_lag allows."""
+        done = self.training.done
+        lag = int(max_over_ranks([max((done - rollout.version for rollout in rollouts), default=0)])[0])
+        self.metrics["rollout/weight_lag"] = lag
+        if lag > self.settings.max_weight_lag:
+            raise EngineLost(
+                f"responses for step {done + 1} were sampled from weights {lag} steps old, and "
+                f"rollout.max_weight_lag={self.settings.max_weight_lag}: the sampler did not take the last update"
+            )
+
+
+@contextmanager
+def sampler(session: Session, training: Training) -> Iterator[Sampler]:
+    """The sampler of the recipe's engine, ended with the block. Raises UserError when it cannot be had."""
+    engine = build_engine(session, training)
+    try:
+        yield Sampler(session, training, engine)
+    finally:
+        engine.close()
+
+
+def build_engine(session: Session, training: Training) -> RolloutEngine:
+    """The engine that rollout.engine names, on the weights in training."""
+    recipe, chunks = session.recipe, training.model.modules
+
+    def version() -> int:
+        return training.done
+
+    if recipe.rollout.engine == "megatron":
+        return InProcessEngine(chunks, recipe.rollout.batch_size, version)
+    from nemo_rmt.rollout.vllm.build import vllm_engine
+
+    return vllm_engine(
+        recipe,
+        session.layout,
+        chunks,
+        folder=session.folder,
+        vocab_size=session.vocab_size,
+        eos=session.tokenizer.eod,
+        version=version,
+    )
