@@ -1,7 +1,7 @@
 # make demo    the tiny recipe through two turns of the flywheel, into runs/demo
 # make test    every test that this machine can run by itself
 # make test-slurm    the scripts of slurm/ on a Slurm of two virtual nodes, which it starts and ends; needs root
-# make test-demo    the demo, and what it must show
+# make test-demo    the demo, and what it must show, to lm-eval too
 # make test-nemo    the NeMo 2.7 and nemo_run surfaces, and the core on NeMo's older Megatron-Core
 # make test-bridge    the Megatron-Bridge adapter
 # make test-vllm    vLLM's rollouts, and lm-eval's figures against ours
@@ -32,7 +32,8 @@ test-slurm: $(INSTALLED)
 	.ci/install_slurm
 	$(QUIET) $(VENV)/bin/python $(PYTEST) tests/slurm tests/test_slurm_scripts.py
 
-test-demo: demo
+test-demo: demo $(VENV)/.lm-eval
+	$(VENV)/bin/nemo-rmt evaluate tiny run_dir=runs/demo evaluate.lm_eval.enabled=true
 	$(VENV)/bin/python $(PYTEST) tests/demo/check_demo.py
 
 test-nemo: $(NEMO)/.installed
@@ -48,6 +49,10 @@ install: $(INSTALLED)
 
 $(INSTALLED): setup.py constraints.txt .ci/install .ci/venv
 	.ci/install "$(PYTHON)" "$(VENV)"
+	@touch $@
+
+$(VENV)/.lm-eval: $(INSTALLED)
+	.ci/install "$(PYTHON)" "$(VENV)" lm-eval
 	@touch $@
 
 $(NEMO)/.installed: setup.py .ci/install_nemo .ci/venv

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lm_eval_agreement import STANDARD_ERRORS, greedy_difference, sampled_difference
 
 from nemo_rmt.report.estimates import Skill, difference
 from nemo_rmt.tracking import read_metrics
@@ -114,3 +115,11 @@ def test_a_second_start_does_no_training():
     assert subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == 0
     assert [(path.stat().st_mtime_ns, path.stat().st_size) for path in logs] == before
     assert json.loads((RUN / "state.json").read_text()) == json.loads(state)
+
+
+@pytest.mark.parametrize("task", ["chains", "chains_longer"])
+def test_lm_eval_finds_the_final_model_as_good_as_our_own_evaluation_does(task):
+    stage = RUN / "iteration_001" / "evaluate"
+    assert greedy_difference(stage, task) <= 1  # where rounding decides between two tokens
+    difference, standard_error = sampled_difference(stage, task)
+    assert abs(difference) <= STANDARD_ERRORS * standard_error
