@@ -13,6 +13,11 @@ if not torch.cuda.is_available():
 print(f"gpu_check: {torch.cuda.get_device_name()}, PyTorch {torch.__version__}")
 PY
 "$python" -m pytest -q -m gpu -rs
+if "$python" -c 'import vllm' 2>/dev/null; then
+    "$python" -m pytest -q -rs tests/with_vllm/test_vllm_stages.py
+else
+    echo "gpu_check: vLLM is not installed: its rollouts were not tested"
+fi
 "$python" benchmarks/logprob_head.py --vocab 151936 --tokens 2048
 "$python" benchmarks/rmt_step.py
 "$python" benchmarks/rollout.py

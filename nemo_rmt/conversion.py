@@ -20,6 +20,7 @@ from nemo_rmt.errors import UserError
 from nemo_rmt.exit_codes import DONE, FAILED, WRONG_INPUT
 from nemo_rmt.launch.ranks import Ranks
 from nemo_rmt.launch.stage import SETTLE_S, Outcome, judge
+from nemo_rmt.manifest import inspect_checkpoint
 from nemo_rmt.process import Interrupted, signals_raise
 from nemo_rmt.stages.job import StageJob
 
@@ -49,6 +50,7 @@ def run_export(given: dict[str, str]) -> int:
     source, target = Path(given["source"]), Path(given["target"])
     if not source.is_dir():
         raise UserError(f"source={source} does not exist")
+    inspect_checkpoint(source)
     given = {**given, "tokenizer": given.get("tokenizer") or str(tokenizer_of(source))}
     if status := _convert("export", given):
         return status

@@ -155,7 +155,7 @@ class Recipe(Section):
 
     def _vllm(self, world: int) -> None:
         """Refuse a vLLM that does not go with the model and the machines."""
-        rollout, vllm = self.rollout, self.rollout.vllm
+        vllm = self.rollout.vllm
         if self.model.num_attention_heads % vllm.tensor:
             raise ValueError(
                 f"rollout.vllm.tensor={vllm.tensor} does not divide model.num_attention_heads="

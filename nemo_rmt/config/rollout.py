@@ -27,8 +27,8 @@ class VLLM(Section):
     enforce_eager: bool = False
     """No CUDA graphs and no compiler: slower, but starts at once. Always so on a CPU."""
     url: str | None = None
-    """A server that runs already, as http://HOST:PORT, its key in the environment variable VLLM_API_KEY; null: the stage
-    starts one and ends it."""
+    """A server that runs already, as http://HOST:PORT, its key in the environment variable VLLM_API_KEY; null: the
+    stage starts one and ends it."""
     host: str = "127.0.0.1"
     """Address the started server binds to: loopback, or this node's in the cluster. Whoever reaches it can use it."""
     port: int = Field(0, ge=0, lt=65536)

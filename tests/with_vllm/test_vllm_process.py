@@ -15,8 +15,8 @@ import served_model
 from served_model import session_processes
 
 from nemo_rmt.errors import UserError
-from nemo_rmt.rollout.vllm import process as vllm_process
 from nemo_rmt.rollout.engine import EngineLost
+from nemo_rmt.rollout.vllm import process as vllm_process
 from nemo_rmt.rollout.vllm.process import ServerProcess, server_command, server_devices, server_environment
 
 FAMILY = ["bash", "-c", "sleep 1000 & echo started; sleep 1000"]

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 from torch import Tensor
 
@@ -33,10 +31,9 @@ from nemo_rmt.rollout.vllm.backend import (
     Completion,
     respond,
 )
+from nemo_rmt.rollout.vllm.background import in_background
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ class VLLMEngine(RolloutEngine):
         answers = again = functools.partial(self._sample_now, own, sampling)
         if self.overlap:
             self._require_weights()
-            answers = _in_background(functools.partial(self._sample, own, sampling))
+            answers = in_background(functools.partial(self._sample, own, sampling)).result
         first = sum(map(len, parts[: self.layout.data_rank]))
 
         def wait() -> list[Rollout]:
@@ -239,17 +236,3 @@ def _ticking(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tenso
     for name, tensor in weights:
         pulse.tick(f"sending {name} to vLLM")
         yield name, tensor
-
-
-def _in_background(call: Callable[[], T]) -> Callable[[], T]:
-    """Run it in a thread that does not keep the process from ending; what is returned waits for its result."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="vllm-sampling", daemon=True).start()
-    return future.result

@@ -9,9 +9,8 @@ ours, in here and, for its receiving half, in worker.py. Imports no vLLM at the 
 from __future__ import annotations
 
 import socket
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
@@ -19,6 +18,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from nemo_rmt.rollout.vllm.background import in_background
 
 SENDER = 0
 REASON_WAIT_S = 5.0
@@ -155,7 +156,7 @@ class GlooSender:
             "shapes": [list(meta.shape) for meta in metadata],
         }
         self.routes.start_weight_update()
-        received = _in_background(lambda: self.routes.update_weights(info))
+        received = in_background(lambda: self.routes.update_weights(info))
         try:
             for _, tensor in self.source:
                 if received.done():
@@ -234,7 +235,7 @@ def own_address(server: str) -> str:
 
 def _meet(invite: Callable[[], None], join: Callable[[], Any]) -> Any:
     """Join a group while the server is told to; its refusal ends the wait."""
-    invited, joined = _in_background(invite), _in_background(join)
+    invited, joined = in_background(invite), in_background(join)
     wait((invited, joined), return_when=FIRST_EXCEPTION)
     if invited.done():
         invited.result()
@@ -242,17 +243,3 @@ def _meet(invite: Callable[[], None], join: Callable[[], Any]) -> Any:
         return joined.result()
     except RuntimeError as error:  # DistNetworkError, DistStoreError and NCCL's
         raise TransferFailed(str(error).splitlines()[0]) from error
-
-
-def _in_background(call: Callable[[], Any]) -> Future:
-    """Run it in a thread that does not keep the process from ending, unlike an executor's."""
-    future: Future = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="vllm-transfer", daemon=True).start()
-    return future
