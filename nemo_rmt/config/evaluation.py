@@ -16,7 +16,8 @@ class LMEval(Section):
     """lm-eval tasks: NAME (sampled) and NAME_greedy of an entry of data.tasks, NAME_longer and NAME_longer_greedy where
     it has longer problems, or tasks, groups and tags that include defines. []: all of data.tasks."""
     include: str | None = None
-    """Folder of further lm-eval task YAMLs. Their data must be local files; they are asked with the chat template."""
+    """Folder of further lm-eval task YAMLs. Their data must be local files; they are asked with the chat template. They
+    may name Python functions beside them, which lm-eval runs: take only those you trust."""
     limit: PositiveInt | None = None
     """At most this many problems per task; null: all."""
     batch_size: PositiveInt = 32

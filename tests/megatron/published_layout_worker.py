@@ -3,7 +3,7 @@
 usage: published_layout_worker.py LAYOUT PARALLEL (as JSON) FOLDER ...
 
 Each FOLDER is a Hugging Face folder; beside it FOLDER.LAYOUT is what was exported and FOLDER.LAYOUT.json the
-log-probabilities.
+log-probabilities of all tokens and the logits after the last ones.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from nemo_rmt.config import Parallel
 from nemo_rmt.families import model_from_config
+from nemo_rmt.megatron import generation
 from nemo_rmt.megatron.hugging_face import export_folder, load_published
-from nemo_rmt.megatron.model import build_model
+from nemo_rmt.megatron.model import LogprobGPT, build_model
 from nemo_rmt.megatron.published import published_shapes, published_stream
 from nemo_rmt.megatron.runtime import broadcast_from_last_stage, distributed
 from nemo_rmt.megatron.safetensors_files import PublishedFiles
@@ -41,7 +42,13 @@ class Counted(PublishedFiles):
         return found
 
 
-def measured(folder: Path, layout: str, parallel: Parallel) -> list[list[float]] | None:
+def last_logits(chunks: list[LogprobGPT], tokens: torch.Tensor) -> torch.Tensor | None:
+    """After each row's last token, ``[batch, vocabulary]`` on the last pipeline stage."""
+    with torch.no_grad(), generation._inference(chunks, tokens.shape[1]):
+        return generation._forward(chunks, tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
+
+
+def measured(folder: Path, layout: str, parallel: Parallel) -> dict[str, list[list[float]]]:
     """The whole way, with what must hold on every rank on the way."""
     weights = load_file(folder / "model.safetensors")
     dtype = next(iter(weights.values())).dtype
@@ -65,10 +72,11 @@ def measured(folder: Path, layout: str, parallel: Parallel) -> list[list[float]]
     assert names == published_shapes(settings, settings.vocab_size)
     assert sorted(name for name, _, _ in names) == sorted(weights)
 
-    scores = ScoredModel(chunks, parallel).score(rows(), 2)
+    scores, logits = ScoredModel(chunks, parallel).score(rows(), 2), last_logits(chunks, rows().tokens)
+    said = scores and {"logprobs": scores.logprobs.tolist(), "logits": logits.tolist()}
     target = folder.with_name(f"{folder.name}.{layout}")
     export_folder(chunks, settings, target, folder, settings.vocab_size, SHARD_BYTES.get(layout, 100_000))
-    return broadcast_from_last_stage(scores and scores.logprobs.tolist())
+    return broadcast_from_last_stage(said)
 
 
 if __name__ == "__main__":

@@ -80,11 +80,12 @@ def test_every_tensor_comes_back_bit_by_bit(folders, layout, family):
 
 @families
 @torch.no_grad()
-def test_logprobs_in_between_are_those_of_transformers(folders, layout, family):
+def test_logits_and_logprobs_in_between_are_those_of_transformers(folders, layout, family):
     batch, found = rows(), json.loads((folders[family].parent / f"{family}.{layout}.json").read_text())
     logits = published(family)(batch.tokens).logits
     expected = logits.log_softmax(-1).gather(2, batch.labels[..., None])[..., 0]
-    torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(found["logprobs"]), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(found["logits"]), logits[:, -1], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "bf16"])
