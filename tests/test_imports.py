@@ -21,6 +21,9 @@ DRIVER |= {"status"}
 """The process that starts workers; workers import none of it."""
 
 
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
 def imported(path: Path) -> Iterator[str]:
     """Every module a file imports, at its top or inside a function."""
     for node in ast.walk(ast.parse(path.read_text())):
@@ -59,6 +62,24 @@ def test_workers_never_import_nemo_run():
     for path in PACKAGE.rglob("*.py"):
         if path.relative_to(PACKAGE).parts[0] != "adapters":
             assert not {module for module in imported(path) if within(module, "nemo_run")}, path
+
+
+def test_only_vllms_own_processes_import_it_at_the_top_and_nobody_lm_eval():
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        inside = {
+            id(node) for function in ast.walk(tree) if isinstance(function, FUNCTIONS) for node in ast.walk(function)
+        }
+        at_top = {
+            alias.name if isinstance(node, ast.Import) else node.module
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in inside
+            for alias in node.names
+        }
+        wrong = {module for module in at_top if within(module, "vllm") or within(module, "lm_eval")}
+        assert not wrong or path == PACKAGE / "rollout/vllm/worker.py", f"{path} imports {wrong}"
+    importing = [path for path in PACKAGE.rglob("*.py") if "nemo_rmt.rollout.vllm.worker" in set(imported(path))]
+    assert not importing
 
 
 @pytest.mark.parametrize("module", ["nemo_rmt.cli", "nemo_rmt.flywheel", "nemo_rmt.lone_stage", "nemo_rmt.recipes"])

@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 
 from nemo_rmt.report.drawing import ITERATION_COLORS, STAGE_COLORS, STYLE, Figure, as_figure, curve, thin
 from nemo_rmt.report.estimates import Skill
+from nemo_rmt.report.rollouts import mismatch
 from nemo_rmt.report.run import TRAINING, Run, StageRecord
 from nemo_rmt.report.tables import MODEL_NAMES, MODELS, prefix
 
@@ -17,7 +18,7 @@ from nemo_rmt.report.tables import MODEL_NAMES, MODELS, prefix
 def all_figures(run: Run) -> list[Figure]:
     """Every figure the run has numbers for."""
     with matplotlib.rc_context(STYLE):
-        drawn = [accuracy(run), losses(run), reinforcement(run)]
+        drawn = [accuracy(run), losses(run), reinforcement(run), mismatch(run)]
         epsilon = float(run.setting("anneal", "remit", "epsilon", default=0.2))
         drawn += [remit_weights(stage, epsilon) for stage in run.stages if stage.has_remit]
     return [figure for figure in drawn if figure is not None]

@@ -107,6 +107,8 @@ def training_steps(name, settings, iteration):
                 "rl/reward_mean": 0.97 - (0.5 - 0.08 * iteration) * math.exp(-8 * done) + noise.gauss(0, 0.02),
                 "rl/response_length": 24 - 3 * done + noise.gauss(0, 0.4),
                 "rl/zero_variance_groups": 0.7 * done,
+                "rollout/token_mult_prob_error": 1 + 1e-6 * done,
+                "rollout/logprob_error_max": 1e-5 * done,
             }
         if name == "rmt":
             record |= mid_training(done, noise, settings)

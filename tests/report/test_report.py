@@ -97,7 +97,7 @@ def test_the_page_needs_no_other_file(finished_run):
     page = write_report(finished_run).read_text()
     assert not re.search(r"<script|<link|url\(|https?://", page)
     sources = re.findall(r'<img src="([^"]*)"', page)
-    assert len(sources) == 6 and all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert len(sources) == 7 and all(source.startswith("data:image/svg+xml;base64,") for source in sources)
     for source in sources:
         assert ElementTree.fromstring(base64.b64decode(source.split(",")[1])).tag.endswith("svg")
 
@@ -112,6 +112,16 @@ def test_every_source_named_on_the_page_is_a_file_of_the_run(finished_run):
 def test_tier_accuracy_is_in_the_page(finished_run):
     page, _ = page_and_summary(finished_run)
     assert "easy (< 0.5 nats)" in page and "22.0 % of 17 % of tokens" in page
+
+
+def test_how_far_the_sampler_was_from_the_trainer_is_drawn_where_it_was_measured(finished_run):
+    write_report(finished_run)
+    page = (finished_run / "report" / "index.html").read_text()
+    assert "The sampler against the trainer" in page
+    for steps in finished_run.glob("iteration_*/r*/metrics.jsonl"):
+        steps.write_text(steps.read_text().replace("rollout/", "other/"))
+    write_report(finished_run)
+    assert "The sampler against the trainer" not in (finished_run / "report" / "index.html").read_text()
 
 
 def test_a_failed_stage_shows_with_its_log_and_what_follows_is_pending(finished_run):
