@@ -20,7 +20,7 @@ QUIET := OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1
 ON_OLDER_MEGATRON := $(addsuffix .py,$(addprefix tests/megatron/test_,\
 	cpu model train_step optimizer guard checkpoint generation datasets fp8 hugging_face published_layouts))
 
-.PHONY: demo test test-slurm test-demo test-nemo test-bridge test-vllm install
+.PHONY: demo test test-slurm test-demo test-nemo test-bridge test-vllm install install-lm-eval
 
 demo: $(INSTALLED)
 	$(VENV)/bin/nemo-rmt flywheel tiny run_dir=runs/demo
@@ -46,6 +46,8 @@ test-vllm: $(VLLM)/.installed
 	$(QUIET) $(VLLM)/bin/python $(PYTEST) tests/with_vllm
 
 install: $(INSTALLED)
+
+install-lm-eval: $(VENV)/.lm-eval
 
 $(INSTALLED): setup.py constraints.txt .ci/install .ci/venv
 	.ci/install "$(PYTHON)" "$(VENV)"
