@@ -3,19 +3,12 @@ probabilities are from the trainer's."""
 
 from __future__ import annotations
 
-import logging
-import math
-
 from torch import Tensor
 
 from nemo_rmt.config import GRPO, Rollout
 from nemo_rmt.data.batch import TokenBatch
-from nemo_rmt.errors import Diverged
 from nemo_rmt.megatron.head import TokenScores
-from nemo_rmt.megatron.runtime import broadcast_from_last_stage, max_over_data_parallel
 from nemo_rmt.objectives import LossOutput, grpo_loss
-
-logger = logging.getLogger(__name__)
 
 MULT_PROB_ERROR = "rollout/token_mult_prob_error"
 
@@ -31,7 +24,7 @@ def policy_loss(
     """GRPO on the sampled tokens of a micro-batch, ``mask`` ``[batch, sequence]``.
 
     The micro-batch carries ``advantages`` and ``rollout_logprobs``, and ``old_logprobs`` and ``reference_logprobs``
-    where the settings need them. It is left with ``logprob_error``, for ``mismatch``.
+    where the settings need them. It is left with ``logprob_error``, for ``Sampler.compare``.
 
     Metrics: ``rollout/logprob_error_mean``, the mean of |trainer's − sampler's log-probability|, nats, and
     ``rollout/token_mult_prob_error``, the mean of its exponential (NeMo RL's name): 1 where the two agree.
@@ -66,26 +59,3 @@ def attach(batch: TokenBatch, name: str, scores: TokenScores | None) -> None:
     """Keep scored log-probabilities with the batch, on the stage that has them."""
     if scores is not None:
         batch.extras[name] = scores.logprobs
-
-
-def mismatch(metrics: dict[str, float], micro_batches: list[TokenBatch], settings: Rollout) -> dict[str, float]:
-    """What is known of the sampler's error after a step: ``rollout/logprob_error_max``, which the last pipeline stage
-    knows. Warns above rollout.mismatch_warning.
-
-    metrics: the step's. Raises Diverged, on every rank, above rollout.mismatch_limit.
-    """
-    errors = [micro.extras["logprob_error"].max().item() for micro in micro_batches if "logprob_error" in micro.extras]
-    largest = broadcast_from_last_stage(max_over_data_parallel(max(errors, default=0.0)))
-    factor = metrics[MULT_PROB_ERROR]
-    found = (
-        f"the trainer's and the sampler's probabilities of the sampled tokens differ by a factor of {factor:.4g} on "
-        f"average, {math.exp(min(largest, 700.0)):.4g} at most"
-    )
-    if settings.mismatch_limit is not None and not factor <= settings.mismatch_limit:
-        raise Diverged(
-            f"{found}; rollout.mismatch_limit={settings.mismatch_limit}: the sampler's weights, precision or text are "
-            "not the trainer's. See rollout/* in metrics.jsonl; the step was not saved"
-        )
-    if not factor <= settings.mismatch_warning:
-        logger.warning("%s (rollout.mismatch_warning=%s)", found, settings.mismatch_warning)
-    return {"rollout/logprob_error_max": largest}

@@ -15,7 +15,7 @@ from nemo_rmt.megatron.head import TokenScores
 from nemo_rmt.megatron.runtime import max_over_data_parallel, sum_over_data_parallel
 from nemo_rmt.objectives import LossOutput, group_advantages, standard_deviation
 from nemo_rmt.rollout.engine import Rollout, Sampling
-from nemo_rmt.stages.policy import attach, mismatch, policy_loss
+from nemo_rmt.stages.policy import attach, policy_loss
 from nemo_rmt.stages.rollouts import Sampler, sampler
 from nemo_rmt.stages.session import Session
 from nemo_rmt.stages.training import Training
@@ -63,7 +63,7 @@ def run(session: Session) -> None:
                 metrics = training.model.train_step(
                     micro_batches, objective, temperature=rollout.temperature, with_entropy=True
                 )
-            metrics |= mismatch(metrics, micro_batches, rollout) | sampling.metrics
+            metrics |= sampling.compare(metrics, micro_batches)
             rollout_metrics, tokens = summarise(session, scored)
             training.record(
                 {**metrics, **rollout_metrics},

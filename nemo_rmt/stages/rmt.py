@@ -18,7 +18,7 @@ from nemo_rmt.megatron.head import TokenScores
 from nemo_rmt.megatron.runtime import max_over_data_parallel, sum_over_data_parallel
 from nemo_rmt.objectives import LossOutput, group_advantages, ntp_loss, rmt_loss, standard_deviation
 from nemo_rmt.stages.curriculum import Curriculum, Origin
-from nemo_rmt.stages.policy import attach, mismatch, policy_loss
+from nemo_rmt.stages.policy import attach, policy_loss
 from nemo_rmt.stages.pretrain import next_token
 from nemo_rmt.stages.reasoning import Answers, Question, ask, rewards_of, step_budget
 from nemo_rmt.stages.rollouts import Sampler, sampler
@@ -72,7 +72,7 @@ def run(session: Session) -> None:
                 metrics = training.model.train_step(
                     micro_batches, objective, temperature=temperature, with_entropy=True
                 )
-            metrics |= mismatch(metrics, micro_batches, rollout) | sampling.metrics
+            metrics |= sampling.compare(metrics, micro_batches)
             metrics |= summarise(session, rounds, step, curriculum.probabilities(step))
             training.record(
                 metrics,

@@ -1,17 +1,25 @@
-"""A stage's steps with what was sampled for each: now, or one step ahead where another machine samples."""
+"""A stage's steps with what was sampled for each: now, or one step ahead where another machine samples; and whether the
+sampler is still the trainer's."""
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from nemo_rmt.megatron.runtime import max_over_ranks
+from nemo_rmt.data.batch import TokenBatch
+from nemo_rmt.errors import Diverged
+from nemo_rmt.megatron.runtime import broadcast_from_last_stage, max_over_data_parallel, max_over_ranks
 from nemo_rmt.rollout.engine import EngineLost, Rollout, RolloutEngine
 from nemo_rmt.rollout.in_process import InProcessEngine
+from nemo_rmt.stages.policy import MULT_PROB_ERROR
 from nemo_rmt.stages.session import Session
 from nemo_rmt.stages.training import Training
+
+logger = logging.getLogger(__name__)
 
 Answers = TypeVar("Answers")
 
@@ -25,7 +33,8 @@ class Sampler:
 
     def __init__(self, session: Session, training: Training, engine: RolloutEngine):
         self.training, self.engine = training, engine
-        self.settings = session.recipe.rollout
+        self.settings, self.rank = session.recipe.rollout, session.layout.rank
+        self.warned = False
         self.metrics: dict[str, float] = {}
         """Of the last step, by "rollout/name"."""
 
@@ -68,6 +77,33 @@ class Sampler:
                 f"responses for step {done + 1} were sampled from weights {lag} steps old, and "
                 f"rollout.max_weight_lag={self.settings.max_weight_lag}: the sampler did not take the last update"
             )
+
+    def compare(self, metrics: dict[str, float], micro_batches: list[TokenBatch]) -> dict[str, float]:
+        """What is known of a step's sampling: ``self.metrics``, and ``rollout/logprob_error_max``, nats, which the last
+        pipeline stage knows. Warns above rollout.mismatch_warning, on the terminal once.
+
+        metrics, micro_batches: of the step, trained on. Raises Diverged, on every rank, above rollout.mismatch_limit.
+        """
+        errors = [
+            micro.extras["logprob_error"].max().item() for micro in micro_batches if "logprob_error" in micro.extras
+        ]
+        largest = broadcast_from_last_stage(max_over_data_parallel(max(errors, default=0.0)))
+        factor, limit, warning = metrics[MULT_PROB_ERROR], self.settings.mismatch_limit, self.settings.mismatch_warning
+        found = (
+            f"step {self.training.done + 1}: the trainer's and the sampler's probabilities of the sampled tokens differ "
+            f"by a factor of {factor:.4g} on average, {math.exp(min(largest, 700.0)):.4g} at most"
+        )
+        if limit is not None and not factor <= limit:
+            raise Diverged(
+                f"{found}; rollout.mismatch_limit={limit}: the sampler's weights, precision or text are not the "
+                "trainer's. See rollout/* in metrics.jsonl; the step was not saved"
+            )
+        if not factor <= warning:
+            logger.warning("%s (rollout.mismatch_warning=%s)", found, warning)
+            if not self.warned and self.rank == 0:
+                print(f"{found}; further warnings are in the log only (rollout.mismatch_warning={warning})", flush=True)
+            self.warned = True
+        return {**self.metrics, "rollout/logprob_error_max": largest}
 
 
 @contextmanager
