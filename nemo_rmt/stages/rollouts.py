@@ -82,7 +82,8 @@ class Sampler:
         """What is known of a step's sampling: ``self.metrics``, and ``rollout/logprob_error_max``, nats, which the last
         pipeline stage knows. Warns above rollout.mismatch_warning, on the terminal once.
 
-        metrics, micro_batches: of the step, trained on. Raises Diverged, on every rank, above rollout.mismatch_limit.
+        metrics, micro_batches: of the step, trained on. Raises Diverged, on every rank, above rollout.mismatch_limit;
+        what is not a number is for the guard.
         """
         errors = [
             micro.extras["logprob_error"].max().item() for micro in micro_batches if "logprob_error" in micro.extras
@@ -90,15 +91,15 @@ class Sampler:
         largest = broadcast_from_last_stage(max_over_data_parallel(max(errors, default=0.0)))
         factor, limit, warning = metrics[MULT_PROB_ERROR], self.settings.mismatch_limit, self.settings.mismatch_warning
         found = (
-            f"step {self.training.done + 1}: the trainer's and the sampler's probabilities of the sampled tokens differ "
-            f"by a factor of {factor:.4g} on average, {math.exp(min(largest, 700.0)):.4g} at most"
+            f"step {self.training.done + 1}: the trainer's and the sampler's probabilities of sampled tokens differ by "
+            f"a factor of {factor:.4g} on average, {math.exp(min(largest, 700.0)):.4g} at most"
         )
-        if limit is not None and not factor <= limit:
+        if limit is not None and factor > limit:
             raise Diverged(
                 f"{found}; rollout.mismatch_limit={limit}: the sampler's weights, precision or text are not the "
                 "trainer's. See rollout/* in metrics.jsonl; the step was not saved"
             )
-        if not factor <= warning:
+        if factor > warning:
             logger.warning("%s (rollout.mismatch_warning=%s)", found, warning)
             if not self.warned and self.rank == 0:
                 print(f"{found}; further warnings are in the log only (rollout.mismatch_warning={warning})", flush=True)
