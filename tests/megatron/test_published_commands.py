@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_checkpoint import write_checkpoint
 from safetensors.torch import load_file
 from small_recipe import small_recipe
 from torchrun import run_ranks
 
 from nemo_rmt import cli, conversion
+from nemo_rmt.config import Model
 from nemo_rmt.errors import UserError
 from nemo_rmt.exit_codes import FAILED
 from nemo_rmt.manifest import inspect_checkpoint
@@ -69,13 +71,14 @@ def test_what_one_of_two_ranks_refuses_is_one_line_and_exit_code_2(published_fol
         ({"source": "nowhere"}, "export takes source=CHECKPOINT, target=HF_FOLDER and, if need be, "),
         ({"source": "nowhere", "target": "there"}, "source=nowhere does not exist"),
         ({"source": "here", "target": "there", "colour": "blue"}, "export takes source=CHECKPOINT"),
+        ({"source": ".", "target": "there"}, "is not a complete checkpoint"),
         ({"source": "here", "target": "there"}, "give the folder of the tokenizer it was trained with, tokenizer="),
         ({"source": "here", "target": "there", "tokenizer": "here", "tensor": "two"}, "tensor=two is not a whole num"),
     ],
 )
 def test_wrong_words_are_refused(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "here").mkdir()
+    write_checkpoint(tmp_path / "here", Model().model_dump(mode="json"))
     assert nemo_rmt("export", **words) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
