@@ -16,8 +16,7 @@ import pytest
 from fake_checkpoint import write_checkpoint
 
 from nemo_rmt import flywheel, preflight
-from nemo_rmt.config import Recipe
-from nemo_rmt.config.evaluation import LMEval
+from nemo_rmt.config import LMEval, Recipe
 from nemo_rmt.errors import UserError
 from nemo_rmt.flywheel import run_flywheel, run_one_stage
 from nemo_rmt.recipe_io import load_recipe, resolved_yaml

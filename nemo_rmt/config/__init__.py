@@ -6,6 +6,7 @@ cannot work are refused when the recipe is built, long before a process starts. 
 """
 
 from nemo_rmt.config.data import Corpus, Data, Task, Tokenizer
+from nemo_rmt.config.evaluation import LMEval
 from nemo_rmt.config.layout import FP8_CAPABILITY, LOGITS_AT_ONCE, VOCAB_MULTIPLE, Cluster, Model, Parallel
 from nemo_rmt.config.recipe import Flywheel, Recipe, Tracking
 from nemo_rmt.config.rmt import RMT, TIERS, Budget, Curriculum, Difficulty, Prompt, Reward
@@ -24,6 +25,7 @@ __all__ = [
     "Evaluate",
     "FP8_CAPABILITY",
     "Flywheel",
+    "LMEval",
     "LOGITS_AT_ONCE",
     "GRPO",
     "Model",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -134,6 +135,14 @@ def test_probabilities_further_apart_than_the_limit_stop_the_stage(run, caplog):
     limits = {**AHEAD, "mismatch_warning": 1.0001, "mismatch_limit": 1.0005}
     with caplog.at_level(logging.WARNING), pytest.raises(Diverged, match="rollout.mismatch_limit=1.0005"):
         run("rl", "limited", copy={}, **limits)
+
+
+def test_what_is_not_a_number_is_left_to_the_guard_and_what_is_infinite_stops_the_stage(run, recipe):
+    session = SimpleNamespace(recipe=recipe, layout=SimpleNamespace(rank=0))
+    sampler = rollouts.Sampler(session, SimpleNamespace(done=3), engine=None)
+    assert sampler.compare({"rollout/token_mult_prob_error": math.nan}, []) == {"rollout/logprob_error_max": 0}
+    with pytest.raises(Diverged, match="step 4: .* factor of inf on average"):
+        sampler.compare({"rollout/token_mult_prob_error": math.inf}, [])
 
 
 def test_probabilities_that_differ_are_warned_of_on_the_terminal_once(run, caplog, capsys):
