@@ -131,13 +131,13 @@ def tiny() -> Recipe:
         ),
         rl=RL(
             steps=40,
-            micro_batch_size=64,
+            micro_batch_size=32,
             global_batch_size=256,
-            sequence_length=ROW,
+            sequence_length=2 * ROW,  # a prompt with all of its responses
             optim=Optim(lr=3e-4, schedule="constant", warmup_steps=5, beta2=0.98),
             checkpoint_interval=10,
             grpo=GRPO(samples_per_group=8),
         ),
-        rollout=Rollout(max_new_tokens=64, batch_size=256),
+        rollout=Rollout(max_new_tokens=64, batch_size=1024),
         evaluate=Evaluate(problems=200, samples=4, sequence_length=ROW),
     )

@@ -12,11 +12,12 @@ from nemo_rmt.config.recipe import Flywheel, Recipe, Tracking
 from nemo_rmt.config.rmt import RMT, TIERS, Budget, Curriculum, Difficulty, Prompt, Reward
 from nemo_rmt.config.rollout import VLLM, Rollout
 from nemo_rmt.config.section import Section
-from nemo_rmt.config.stages import GRPO, RL, SFT, Anneal, Evaluate, Optim, Pretrain, ReMiT, Stage
+from nemo_rmt.config.stages import GRPO, RL, SFT, Anneal, CachedReference, Evaluate, Optim, Pretrain, ReMiT, Stage
 
 __all__ = [
     "Anneal",
     "Budget",
+    "CachedReference",
     "Cluster",
     "Corpus",
     "Curriculum",

@@ -146,7 +146,7 @@ class Cluster(Section):
     gpu_memory_gib: PositiveFloat = 80.0
     """Memory of one GPU, for nemo-rmt plan."""
     gpu_tflops: PositiveFloat = 989.0
-    """Dense BF16 peak of one GPU in TFLOP/s, for nemo-rmt plan; 989 is an H100 SXM's."""
+    """Dense BF16 peak of one GPU in TFLOP/s, for nemo-rmt plan and train/mfu; 989 is an H100 SXM's."""
     gpu_efficiency: float = Field(0.4, gt=0, le=1)
     """Share of that peak that training is assumed to reach, for nemo-rmt plan."""
     gpu_compute_capability: PositiveFloat = 9.0

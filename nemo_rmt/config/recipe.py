@@ -39,6 +39,9 @@ class Tracking(Section):
     """Steps between lines on a terminal that is not interactive; metrics.jsonl has every step."""
     samples: bool = False
     """Write to samples.jsonl what every step was made of; for skipped steps skipped.jsonl has it anyway."""
+    profile: bool = False
+    """Write to profile/ of every stage where its time goes, by part, and a trace of a few steps (what --profile sets).
+    Slower on GPUs, which have to finish each part before the next is timed."""
 
 
 class Recipe(Section):

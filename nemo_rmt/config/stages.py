@@ -68,6 +68,15 @@ class Pretrain(Stage):
     """Start the flywheel from this checkpoint instead of pre-training."""
 
 
+class CachedReference(Section):
+    """The RL model's log-probabilities, computed before by ``nemo-rmt data score``: no reference model is loaded."""
+
+    cache: str
+    """Folder that data score wrote."""
+    checkpoint: str | None = None
+    """Refuse a cache of another model than this checkpoint; null: take the cache's word for what it is of."""
+
+
 class ReMiT(Section):
     """Token weights from the gap between an RL-tuned reference and the model (arXiv 2602.03075)."""
 
@@ -77,8 +86,10 @@ class ReMiT(Section):
     """Factor on the centred gap before the sigmoid; 1 is the paper's."""
     gap_model: Literal["current", "frozen"] = "current"
     """The gap is against the model in training, or against the stage's frozen starting point."""
-    reference: str | None = "previous"
-    """previous: the RL model of the iteration before; or a checkpoint folder."""
+    reference: str | CachedReference | None = "previous"
+    """previous: the RL model of the iteration before; a checkpoint; or {cache: FOLDER}, written by nemo-rmt data score."""
+    offload: bool = False
+    """Keep frozen models in host memory while the policy trains: their GPU memory for the time of two copies a step."""
 
 
 class Anneal(Stage):
@@ -104,10 +115,13 @@ class Anneal(Stage):
 
 
 class SFT(Stage):
-    """Supervised fine-tuning; loss on the assistant's tokens."""
+    """Supervised fine-tuning; loss on the assistant's tokens. global_batch_size counts conversations."""
 
     enabled: bool = True
     """Whether the flywheel has this stage."""
+    pack: bool = True
+    """Several conversations in a row, none of which sees another; micro_batch_size is then the most rows of one. false:
+    one conversation in each row, padded to the longest."""
 
 
 class GRPO(Section):
@@ -138,6 +152,10 @@ class RL(Stage):
     """Whether the flywheel has this stage."""
     grpo: GRPO = GRPO()
     """The objective."""
+    pack: bool = True
+    """Responses as branches of their prompt, several prompts in a row: a prompt is computed once for its group, or once
+    for each row that the group needs; micro_batch_size is then the most rows of one. false: a prompt with one response
+    in each row, padded to the longest."""
 
     @model_validator(mode="after")
     def _groups(self) -> RL:

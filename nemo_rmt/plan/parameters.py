@@ -2,36 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from nemo_rmt.config import VOCAB_MULTIPLE, Model, Parallel, Recipe
-
-
-@dataclass(frozen=True)
-class Widths:
-    """Sizes of a layer's tensors on one tensor-parallel rank."""
-
-    hidden: int
-    """Of the residual stream, which is not divided."""
-    query: int
-    """Of all query heads of this rank."""
-    key: int
-    """Of all key heads, and of all value heads."""
-    ffn: int
-    """Inside the feed-forward layer."""
-    heads: int
-    """Query heads."""
-    groups: int
-    """Key/value heads."""
-    head_dim: int
-
-    @classmethod
-    def of(cls, model: Model, tensor: int = 1) -> Widths:
-        """The widths at a tensor-parallel size."""
-        head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
-        heads, groups = model.num_attention_heads // tensor, model.num_query_groups // tensor
-        ffn = model.ffn_hidden_size // tensor
-        return cls(model.hidden_size, heads * head_dim, groups * head_dim, ffn, heads, groups, head_dim)
+from nemo_rmt.model_flops import Widths, product_parameters
 
 
 def model_vocabulary(recipe: Recipe) -> int:
@@ -64,12 +36,6 @@ def layer_parameters(model: Model, tensor: int = 1) -> int:
     if model.qkv_bias:
         count += w.query + 2 * w.key
     return count
-
-
-def product_parameters(model: Model, tensor: int = 1) -> int:
-    """Those of them that are the weights of matrix products."""
-    w = Widths.of(model, tensor)
-    return w.hidden * (2 * w.query + 2 * w.key) + 3 * w.hidden * w.ffn
 
 
 def rank_parameters(model: Model, parallel: Parallel, vocab_size: int, pipeline_rank: int) -> int:

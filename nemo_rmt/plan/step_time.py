@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_rmt.config import Recipe
+from nemo_rmt.model_flops import forward_flops, product_parameters
 from nemo_rmt.plan.activations import element_size
 from nemo_rmt.plan.memory import cache_bytes
-from nemo_rmt.plan.parameters import Widths, padded_rows, product_parameters
+from nemo_rmt.plan.parameters import padded_rows
 from nemo_rmt.plan.workload import Sampling, Workload
 
 PRODUCTS_PER_BYTE = 295
@@ -44,7 +45,7 @@ class StepTime:
 def step_time(recipe: Recipe, workload: Workload, vocab_size: int) -> StepTime:
     """Of one step of a stage."""
     p = recipe.parallel
-    layers, head = forward_flops(recipe, vocab_size, workload.context)
+    layers, head = forward_flops(recipe.model, padded_rows(vocab_size), workload.context)
     gpus = recipe.data_parallel * p.tensor * p.pipeline * p.context
     rate = gpus * _rate(recipe)
     # Each pipeline rank waits while the first and last micro-batches pass the others.
@@ -62,28 +63,19 @@ def step_time(recipe: Recipe, workload: Workload, vocab_size: int) -> StepTime:
     )
 
 
-def forward_flops(recipe: Recipe, vocab_size: int, context: float) -> tuple[float, float]:
-    """FLOPs of one token's forward, in all layers and in the head; it attends to ``context`` tokens."""
-    model = recipe.model
-    attention = 4 * Widths.of(model).query * context
-    return (
-        model.num_layers * (2 * product_parameters(model) + attention),
-        2 * padded_rows(vocab_size) * model.hidden_size,
-    )
-
-
 def sampling_seconds(recipe: Recipe, sampling: Sampling, vocab_size: int) -> float:
     """Of all batches of a data-parallel rank: prompts by their arithmetic, then a token at a time, each the longer of
     its arithmetic and of reading weights and caches. A pipeline's ranks take turns."""
     model, tensor = recipe.model, recipe.parallel.tensor
     rate = _rate(recipe)
     prompts = sampling.documents * sampling.trunk_length + sampling.responses * sampling.prompt
-    layers, head = forward_flops(recipe, vocab_size, max(sampling.trunk_length, sampling.prompt) / 2)
+    layers, head = forward_flops(model, padded_rows(vocab_size), max(sampling.trunk_length, sampling.prompt) / 2)
     seconds = prompts * layers / tensor / rate
     batches = -(-sampling.responses // sampling.rows)
     # Rows that end leave the batch: on average it has as many as the mean response is to the longest.
     rows = sampling.rows * sampling.length / sampling.steps
-    layers, head = forward_flops(recipe, vocab_size, sampling.trunk_length / 2 + sampling.prompt + sampling.length / 2)
+    context = sampling.trunk_length / 2 + sampling.prompt + sampling.length / 2
+    layers, head = forward_flops(model, padded_rows(vocab_size), context)
     arithmetic = rows * (layers + head) / tensor / rate
     weights = (
         model.num_layers * product_parameters(model, tensor) + padded_rows(vocab_size) // tensor * model.hidden_size

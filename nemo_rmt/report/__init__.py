@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from nemo_rmt.report import figures, findings, rmt, tables
+from nemo_rmt.report import figures, findings, profiles, rmt, tables
 from nemo_rmt.report.run import Run
 
 __all__ = ["write_report"]
@@ -67,6 +67,7 @@ def _render(run: Run, found: list[findings.Finding]) -> str:
         lm_eval=tables.lm_eval_table(run),
         figures=figures.all_figures(run),
         rmt=rmt.section(run),
+        profiles=profiles.section(run),
         recipe=yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True) if run.recipe else "",
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     )

@@ -84,7 +84,7 @@ class Run:
         if not (folder / "flywheel.yaml").exists() and not (folder / "state.json").exists():
             raise UserError(f"run_dir={folder} has neither flywheel.yaml nor state.json: give the folder of a run")
         recipe = _read_yaml(folder / "flywheel.yaml")
-        states = _read_json(folder / "state.json").get("iterations") or []
+        states = read_json(folder / "state.json").get("iterations") or []
         count = max(len(states), int(recipe.get("iterations") or 0))
         stages = []
         for iteration in range(count):
@@ -169,7 +169,7 @@ def _load_stage(run: Path, recipe: dict[str, Any], iteration: int, name: str, st
     folder = _folder(iteration, name)
     status = str(state.get("status") or "pending")
     # A stage that is being redone may still have the result of the time before.
-    result = _read_json(run / folder / "result.json") if status == "done" else {}
+    result = read_json(run / folder / "result.json") if status == "done" else {}
     if status == "done" and not result:
         status = "no result"
     planned = (recipe.get(name) or {}).get("steps") if name in TRAINING else None
@@ -190,7 +190,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, {} for a file that is absent or torn."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -16,7 +16,7 @@ import traceback
 import warnings
 from pathlib import Path
 
-from nemo_rmt import pulse, stopping
+from nemo_rmt import profiling, pulse, stopping
 from nemo_rmt.errors import Diverged, UserError
 from nemo_rmt.exit_codes import DISK_FULL, DIVERGED, DONE, FAILED, STOPPED, WRONG_INPUT
 from nemo_rmt.manifest import is_disk_full
@@ -50,8 +50,10 @@ def main(argv: list[str]) -> int:
         return WRONG_INPUT
     start_logging(path.parent / "log" / f"rank_{rank}.log")
     life = pulse.start(path.parent / pulse.BEATS, rank, pulse.beat_interval(job.recipe.cluster.hang_timeout_s))
+    profiled = job.recipe.tracking.profile and rank == 0
     try:
-        run(job, path.parent, rank, life)
+        with profiling.stage(path.parent, f"{job.iteration}/{job.stage}", enabled=profiled):
+            run(job, path.parent, rank, life)
         return DONE
     except stopping.Stopped as stopped:
         logging.info("stopped by %s", stopped)

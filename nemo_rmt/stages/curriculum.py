@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_rmt import pulse
+from nemo_rmt import profiling, pulse
 from nemo_rmt.data.difficulty import require_tiers
 from nemo_rmt.data.positions import Asked, PositionSampler
 from nemo_rmt.objectives import tier_probabilities
@@ -46,14 +46,15 @@ class Curriculum:
         if self.settings.objective == "rmt":
             longest = max(int(corpus.pieces[:, 2].max()) for corpus in self.corpora)
             require_room(session.recipe, session.tokenizer, longest)
-        tiers = tiers_of(session, self.corpora)
-        require_tiers(tiers, self.settings.curriculum)
-        self.sampler = PositionSampler(
-            tiers.tiers,
-            [corpus.starts for corpus in self.corpora],
-            seed=session.seed("positions", session.job.iteration),
-            positions_per_document=self.settings.curriculum.positions_per_document,
-        )
+        with profiling.part("data"):
+            tiers = tiers_of(session, self.corpora)
+            require_tiers(tiers, self.settings.curriculum)
+            self.sampler = PositionSampler(
+                tiers.tiers,
+                [corpus.starts for corpus in self.corpora],
+                seed=session.seed("positions", session.job.iteration),
+                positions_per_document=self.settings.curriculum.positions_per_document,
+            )
         self.rounds = 1 + self.settings.resample_rounds
 
     def probabilities(self, step: int) -> tuple[float, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy
 
-from nemo_rmt import pulse
+from nemo_rmt import profiling, pulse
 from nemo_rmt.config import Corpus
 from nemo_rmt.data.corpora import check_corpus, documents, mixture
 from nemo_rmt.data.seeds import derived_seed
@@ -29,7 +29,22 @@ PROGRESS_S = 10.0
 
 def run(job: StageJob, folder: Path) -> None:
     """Write tokenizer and datasets into the stage's folder. One process; begins anew when it was interrupted."""
-    began, recipe = time.perf_counter(), job.recipe
+    began = time.perf_counter()
+    with profiling.part("data"):
+        metrics, tokens = build(job, folder)
+    result = {
+        "status": "done",
+        "metrics": metrics,
+        "checkpoint": None,
+        "wall_s": round(time.perf_counter() - began, 3),
+        "tokens": tokens,
+    }
+    write_json(folder / "result.json", result)
+
+
+def build(job: StageJob, folder: Path) -> tuple[dict[str, float], int]:
+    """Write them; the stage's metrics, and the tokens to train on."""
+    recipe = job.recipe
     if not recipe.data.corpora:
         raise UserError("data.corpora is empty: name at least one corpus to train on")
     for corpus in recipe.data.corpora:  # before hours of work on those that stand in front of a wrong one
@@ -47,15 +62,7 @@ def run(job: StageJob, folder: Path) -> None:
     counts = {}
     for corpus in recipe.data.corpora:
         counts[corpus.name] = write_corpus(corpus, job, tokenizer, folder, metrics)
-    metrics |= unigram_nll(counts)
-    result = {
-        "status": "done",
-        "metrics": metrics,
-        "checkpoint": None,
-        "wall_s": round(time.perf_counter() - began, 3),
-        "tokens": int(sum(train.sum() for train, _ in counts.values())),
-    }
-    write_json(folder / "result.json", result)
+    return metrics | unigram_nll(counts), int(sum(train.sum() for train, _ in counts.values()))
 
 
 def write_corpus(

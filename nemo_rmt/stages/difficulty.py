@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy
 import torch.distributed as dist
 
+from nemo_rmt import profiling
 from nemo_rmt.compatibility import checkpoint_fingerprint
 from nemo_rmt.config import RMT, Corpus
 from nemo_rmt.data.batch import TokenBatch
@@ -68,7 +69,9 @@ def training_scores(session: Session, start: Path) -> list[ScoredCorpus]:
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = session.data_folder / "difficulty" / digest
     if not folder.is_dir():
-        scored = score_corpora(session, session.frozen_model(scorer), corpora)
+        with profiling.part("checkpoint"):
+            model = session.frozen_model(scorer)
+        scored = score_corpora(session, model, corpora)
         if session.layout.rank == 0:
             save_scores(folder, scored, identity)
         dist.barrier()
@@ -109,14 +112,15 @@ def score_corpus(
 ) -> tuple[ScoredCorpus, numpy.ndarray]:
     """Documents of one corpus with their entropies, and whether the model's first choice is each token (float32)."""
     settings = session.recipe.rmt
-    pieces, tokens = pieces_of(
-        session.data_folder / name / split,
-        max_tokens=max_tokens,
-        longest=settings.longest_document,
-        split=settings.long_documents == "split",
-        seed=session.seed("difficulty", name, split),
-        name=name,
-    )
+    with profiling.part("data"):
+        pieces, tokens = pieces_of(
+            session.data_folder / name / split,
+            max_tokens=max_tokens,
+            longest=settings.longest_document,
+            split=settings.long_documents == "split",
+            seed=session.seed("difficulty", name, split),
+            name=name,
+        )
     entropy, hits = score_documents(session, model, pieces[:, 2], tokens, f"{name}/{split}")
     return ScoredCorpus(name=name, pieces=pieces, tokens=tokens, entropy=entropy), hits
 

@@ -9,6 +9,7 @@ from collections import defaultdict
 
 import torch
 
+from nemo_rmt import profiling
 from nemo_rmt.config import TIERS
 from nemo_rmt.data.batch import TokenBatch
 from nemo_rmt.data.tasks import Problem, TaskFamily, guarded_score
@@ -41,10 +42,11 @@ def run(session: Session) -> None:
     tokens, model = 0, None
     for role in roles:
         checkpoint = session.require_input(role)
-        if model is None:
-            model = session.frozen_model(checkpoint)
-        else:
-            session.load_weights(checkpoint, model.modules)
+        with profiling.part("checkpoint"):
+            if model is None:
+                model = session.frozen_model(checkpoint)
+            else:
+                session.load_weights(checkpoint, model.modules)
         language, scored = evaluate_text(session, model)
         tasks, sampled = evaluate_tasks(session, model)
         reasoned, thought = positions.measure(model) if positions else ({}, 0)
@@ -67,16 +69,19 @@ def held_out_positions(session: Session, roles: list[str]) -> HeldOutPositions |
     if not rmt.enabled or not session.recipe.evaluate.positions:
         return None
     start = session.require_input("anneal" if "anneal" in roles else roles[0])
-    return HeldOutPositions(session, session.frozen_model(scorer_checkpoint(rmt, start)))
+    with profiling.part("checkpoint"):
+        scorer = session.frozen_model(scorer_checkpoint(rmt, start))
+    return HeldOutPositions(session, scorer)
 
 
 def evaluate_text(session: Session, model: ScoredModel) -> tuple[dict[str, float], int]:
     """Nats per held-out token of every domain, and next-token accuracy by the model's own entropy."""
     settings, totals, scored = session.recipe.evaluate, defaultdict(float), 0
     for corpus in session.recipe.data.corpora:
-        prefix = session.data_folder / corpus.name / "held_out"
-        rows = held_out_rows(prefix, settings.sequence_length, settings.max_tokens)
-        batch = whole_batches(session, rows, settings.micro_batch_size)
+        with profiling.part("data"):
+            prefix = session.data_folder / corpus.name / "held_out"
+            rows = held_out_rows(prefix, settings.sequence_length, settings.max_tokens)
+            batch = whole_batches(session, rows, settings.micro_batch_size)
         scores = model.score(batch, settings.micro_batch_size, with_entropy=True)
         sums = {}
         if scores is not None:
@@ -116,10 +121,12 @@ def evaluate_tasks(session: Session, model: ScoredModel) -> tuple[dict[str, floa
     metrics, sampled = {}, 0
     for task, settings in zip(session.tasks, session.recipe.data.tasks, strict=True):
         for name, split in measured_splits(settings).items():
-            problems = list(
-                itertools.islice(task.problems(split, session.seed("evaluate")), session.recipe.evaluate.problems)
-            )
-            figures, tokens = evaluate_problems(session, model, task, problems)
+            with profiling.part("data"):
+                problems = list(
+                    itertools.islice(task.problems(split, session.seed("evaluate")), session.recipe.evaluate.problems)
+                )
+            with profiling.part("rollout"):
+                figures, tokens = evaluate_problems(session, model, task, problems)
             metrics |= {f"tasks/{name}/{key}": value for key, value in figures.items()}
             sampled += tokens
     return metrics, sampled

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy
 
+from nemo_rmt import profiling
 from nemo_rmt.config import TIERS
 from nemo_rmt.megatron.runtime import gather_over_data_parallel
 from nemo_rmt.megatron.train_step import ScoredModel
@@ -69,8 +70,9 @@ class HeldOutPositions:
         starts = numpy.concatenate([[0], numpy.cumsum(lengths)])
         hits = score_documents(session, model, lengths, tokens, "held-out positions")[1]
         direct = [hits[starts[question.document] + question.position] for question in self.questions]
-        drawn = self._responses(model, samples, temperature=1.0)
-        greedy = self._responses(model, 1, temperature=0.0)
+        with profiling.part("rollout"):
+            drawn = self._responses(model, samples, temperature=1.0)
+            greedy = self._responses(model, 1, temperature=0.0)
         for tier, name in enumerate(TIERS):
             mine = [index for index, question in enumerate(self.questions) if question.tier == tier]
             metrics[f"tokens/{name}/positions"] = len(mine)

@@ -10,9 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from nemo_rmt import profiling
 from nemo_rmt.data.batch import TokenBatch
 from nemo_rmt.errors import Diverged
-from nemo_rmt.megatron.runtime import broadcast_from_last_stage, max_over_data_parallel, max_over_ranks
+from nemo_rmt.megatron.runtime import (
+    broadcast_from_last_stage,
+    max_over_data_parallel,
+    max_over_ranks,
+    sum_over_data_parallel,
+)
 from nemo_rmt.rollout.engine import EngineLost, Rollout, RolloutEngine
 from nemo_rmt.rollout.in_process import InProcessEngine
 from nemo_rmt.stages.policy import MULT_PROB_ERROR
@@ -35,6 +41,10 @@ class Sampler:
         self.training, self.engine = training, engine
         self.settings, self.rank = session.recipe.rollout, session.layout.rank
         self.warned = False
+        self.asked = 0.0
+        """When the engine was asked for the next step's responses, by ``time.perf_counter``."""
+        self.sampled, self.sampling_s = 0, 0.0
+        """Tokens of this rank's responses of the step, and seconds from asking until they were there."""
         self.metrics: dict[str, float] = {}
         """Of the last step, by "rollout/name"."""
 
@@ -46,15 +56,22 @@ class Sampler:
         With rollout.lag=1 the next step's are asked for before this one trains, from the weights it begins with; the
         first after a start, and after an interruption, are from weights of its own step. When the sampler is lost, what
         was trained is saved, then EngineLost is raised.
+
+        ``rollout/tokens_per_s``: tokens of all ranks' responses over the seconds from asking for them until the
+        training took them; with rollout.lag=1 the sampler may have been done before.
         """
         waiting: Callable[[], Answers] | None = None
         for step in self.training.steps():
             try:
                 self.metrics, began = {}, time.perf_counter()
-                if waiting is None:
-                    waiting = self._ask(ask, step)
-                answers, waiting = waiting(), None
+                self.sampled = 0
+                with profiling.part("rollout"):
+                    if waiting is None:
+                        waiting = self._ask(ask, step)
+                    answers, waiting = waiting(), None
                 self.metrics["rollout/wait_s"] = time.perf_counter() - began
+                sampled = sum_over_data_parallel({"tokens": self.sampled})["tokens"]
+                self.metrics["rollout/tokens_per_s"] = sampled / self.sampling_s
                 if self.settings.lag and step + 1 < self.training.settings.steps:
                     waiting = self._ask(ask, step + 1)
             except EngineLost:
@@ -64,11 +81,19 @@ class Sampler:
             yield step, answers
 
     def _ask(self, ask: Callable[[int], Callable[[], Answers]], step: int) -> Callable[[], Answers]:
-        self.engine.update_weights()
-        return ask(step)
+        with profiling.part("sync"):
+            self.engine.update_weights()
+        self.asked = time.perf_counter()
+        with profiling.part("data"):
+            return ask(step)
 
     def require_fresh(self, rollouts: list[Rollout]) -> None:
-        """Raise EngineLost, on all ranks, when a response is from weights older than rollout.max_weight_lag allows."""
+        """Raise EngineLost, on all ranks, when a response is from weights older than rollout.max_weight_lag allows.
+
+        To be called with every response of a step, as soon as it is there.
+        """
+        self.sampled += sum(len(rollout.response) for rollout in rollouts)
+        self.sampling_s = time.perf_counter() - self.asked
         done = self.training.done
         lag = int(max_over_ranks([max((done - rollout.version for rollout in rollouts), default=0)])[0])
         self.metrics["rollout/weight_lag"] = lag

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from nemo_rmt import pulse, stopping
+from nemo_rmt import profiling, pulse, stopping
 from nemo_rmt.compatibility import IMPORTED
 from nemo_rmt.errors import Diverged, UserError
 from nemo_rmt.megatron.checkpoint import Checkpoints, load_training, sound_checkpoint
 from nemo_rmt.megatron.model import build_model
 from nemo_rmt.megatron.runtime import gather_over_data_parallel, max_over_ranks
 from nemo_rmt.megatron.train_step import TrainedModel
+from nemo_rmt.model_flops import training_flops
 from nemo_rmt.stages.session import Session
 from nemo_rmt.tracking import SAMPLES, SKIPPED, Metrics
 
@@ -49,19 +50,25 @@ class Training:
         chunks = build_model(recipe.model, recipe.parallel, session.vocab_size)
         resumed = sound_checkpoint(session.folder)
         if start is not None and resumed is None and not with_optimizer:
-            session.load_weights(start, chunks)  # before the optimizer copies them into its fp32 main parameters
+            with profiling.part("checkpoint"):
+                session.load_weights(start, chunks)  # before the optimizer copies them into its fp32 main parameters
         updates = self.settings.steps * updates_per_step
         self.model = TrainedModel(chunks, recipe.model, recipe.parallel, self.settings.optim, updates)
+        self.token_flops = updates_per_step * training_flops(
+            recipe.model, session.vocab_size, self.settings.sequence_length
+        )
         self.done, self.tokens, self.wall_s = 0, 0, 0.0
         self.metrics: dict[str, float] = {}
         if resumed is not None:
-            progress = load_training(resumed, self.model, with_schedule=True)
+            with profiling.part("checkpoint"):
+                progress = load_training(resumed, self.model, with_schedule=True)
             self.done, self.tokens, self.wall_s = progress["step"], progress["tokens"], progress["wall_s"]
             self.metrics = progress["metrics"]  # the result's, when the last step was saved but the result was not
             self.model.guard.restore(progress["guard"])
         elif start is not None and with_optimizer:
-            session.require_sound(start)
-            load_training(start, self.model, with_schedule=False)
+            with profiling.part("checkpoint"):
+                session.require_sound(start)
+                load_training(start, self.model, with_schedule=False)
         self.checkpoints = Checkpoints(
             session.folder / "checkpoints",
             keep=recipe.flywheel.keep_checkpoints,
@@ -100,13 +107,16 @@ class Training:
                 if max_over_ranks([stopping.requested()])[0]:
                     self._stop()
                 pulse.tick(f"step {step + 1} of {total}")
+                profiling.step()
                 yield step
                 if self.done != step + 1:
                     raise RuntimeError(f"step {step} ended without a record")
-                self.checkpoints.poll()
-                if self.done % self.settings.checkpoint_interval == 0 or self.done == total:
-                    self._save()
-            self.checkpoints.finish()
+                with profiling.part("checkpoint"):
+                    self.checkpoints.poll()
+                    if self.done % self.settings.checkpoint_interval == 0 or self.done == total:
+                        self._save()
+            with profiling.part("checkpoint"):
+                self.checkpoints.finish()
             self.session.finish(self.metrics, checkpoint=self.last, wall_s=self.wall_s, tokens=self.tokens)
 
     def record(self, metrics: dict[str, float], *, tokens: int, samples: Samples) -> None:
@@ -119,6 +129,20 @@ class Training:
 
         Raises Diverged, on every rank, after ``optim.max_skipped`` skipped steps in a row.
         """
+        with profiling.part("logging"):
+            flat = self._log(metrics, tokens)
+            self._note_samples(samples)
+        if self.model.guard.in_a_row >= self.settings.optim.max_skipped:
+            self.checkpoints.finish()
+            raise Diverged(
+                f"{self.model.guard.in_a_row} optimizer steps in a row were skipped, the last at step {self.done} of "
+                f"{self.settings.steps} (loss {flat.get('train/loss', math.nan):.4g}, gradient norm "
+                f"{flat['train/grad_norm']:.4g}, lr {flat['train/lr']:.4g}): why and what they were made of is in "
+                f"{self.session.folder / SKIPPED}; last checkpoint: {self.last or 'none'}"
+            )
+
+    def _log(self, metrics: dict[str, float], tokens: int) -> dict[str, float]:
+        """Count and log a finished step; returns what was logged."""
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         self.done, self.tokens, self.wall_s = self.done + 1, self.tokens + tokens, self.wall_s + seconds
@@ -130,6 +154,7 @@ class Training:
             else:
                 flat[name] = value
         flat |= {"train/tokens": self.tokens, "train/tokens_per_s": tokens / seconds, "train/step_s": seconds}
+        flat |= self._utilisation(tokens / seconds)
         flat["train/skipped_steps"] = self.model.guard.skipped_steps
         self.metrics = {
             name: value
@@ -137,15 +162,19 @@ class Training:
             if not name.startswith("remit/weight_hist") and math.isfinite(value)
         }
         self.tracker.log(self.done, flat)
-        self._note_samples(samples)
-        if self.model.guard.in_a_row >= self.settings.optim.max_skipped:
-            self.checkpoints.finish()
-            raise Diverged(
-                f"{self.model.guard.in_a_row} optimizer steps in a row were skipped, the last at step {self.done} of "
-                f"{self.settings.steps} (loss {flat.get('train/loss', math.nan):.4g}, gradient norm "
-                f"{flat['train/grad_norm']:.4g}, lr {flat['train/lr']:.4g}): why and what they were made of is in "
-                f"{self.session.folder / SKIPPED}; last checkpoint: {self.last or 'none'}"
-            )
+        return flat
+
+    def _utilisation(self, tokens_per_s: float) -> dict[str, float]:
+        """``train/model_tflops_per_s`` of one process and, on GPUs, its share of their peak, ``train/mfu``.
+
+        The FLOPs are those of training on the step's tokens, see ``training_flops``; a token's context is the whole row
+        by convention, also where rows hold several documents or a tree's branches, which see less of it. Rollouts and
+        scoring take their time here but count no FLOPs: ``rollout/tokens_per_s`` is theirs.
+        """
+        layout, peak = self.session.layout, self.session.recipe.cluster.gpu_tflops
+        tflops = tokens_per_s * self.token_flops / layout.world_size / 1e12
+        found = {"train/model_tflops_per_s": tflops}
+        return found | {"train/mfu": tflops / peak} if layout.device.type == "cuda" else found
 
     def _note_samples(self, samples: Samples) -> None:
         """Write what the finished step was made of, where it was skipped or all steps are asked for."""
@@ -171,9 +200,10 @@ class Training:
 
     def keep(self) -> None:
         """Save what this start has done, before it ends early."""
-        if self.saved < self.done:
-            self._save()
-        self.checkpoints.finish()
+        with profiling.part("checkpoint"):
+            if self.saved < self.done:
+                self._save()
+            self.checkpoints.finish()
 
     def _stop(self) -> None:
         """Leave as asked."""

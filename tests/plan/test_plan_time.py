@@ -8,8 +8,9 @@ import pytest
 from nemo_rmt.recipes import build
 
 from nemo_rmt.config import Recipe
+from nemo_rmt.model_flops import forward_flops
 from nemo_rmt.plan.parameters import parameter_count
-from nemo_rmt.plan.step_time import forward_flops, step_time
+from nemo_rmt.plan.step_time import step_time
 from nemo_rmt.plan.workload import Workload, workloads
 from nemo_rmt.recipe_io import load_recipe
 
@@ -40,7 +41,7 @@ def test_training_takes_six_flops_a_parameter_and_token_and_two_more_when_recomp
 def test_attention_is_two_products_of_every_head_with_the_tokens_before():
     recipe, _ = anneal()
     model = recipe.model
-    more = forward_flops(recipe, VOCAB, 2048)[0] - forward_flops(recipe, VOCAB, 0)[0]
+    more = forward_flops(model, VOCAB, 2048)[0] - forward_flops(model, VOCAB, 0)[0]
     assert more == 2 * 2 * 2048 * model.num_layers * model.num_attention_heads * model.head_dim
 
 
@@ -90,3 +91,14 @@ def test_anneals_with_and_without_a_reference_are_two_rows():
     frozen = load_recipe("tiny", [], ["anneal.remit.gap_model=frozen", "rl.grpo.kl_coefficient=0.1"])
     found = {workload.name: workload for workload in workloads(frozen)}
     assert found["anneal (remit)"].scored == 2 and found["rl"].frozen == 1
+
+
+@pytest.mark.parametrize(("gap_model", "scored"), [("current", 0), ("frozen", 1)])
+def test_a_cached_reference_is_no_model_and_takes_no_forward(gap_model, scored):
+    overrides = ["anneal.objective=remit", "anneal.remit.reference.cache=/cache", f"anneal.remit.gap_model={gap_model}"]
+    _, online = anneal(overrides[0], "anneal.remit.reference=/model", overrides[2])
+    recipe, cached = anneal(*overrides)
+    assert cached.name == "anneal (remit, cached)"
+    assert (cached.frozen, cached.scored) == (scored, scored) and online.scored == scored + 1
+    if not scored:
+        assert step_time(recipe, cached, VOCAB).seconds == step_time(*anneal(), VOCAB).seconds

@@ -124,6 +124,21 @@ def test_how_far_the_sampler_was_from_the_trainer_is_drawn_where_it_was_measured
     assert "The sampler against the trainer" not in (finished_run / "report" / "index.html").read_text()
 
 
+def test_where_the_time_went_is_shown_for_the_stages_that_were_profiled(finished_run):
+    title = "Where the time went"
+    assert title not in page_and_summary(finished_run)[0]
+    for stage, seconds in (("pretrain", {"forward_backward": 90.0, "start": 30.0}), ("rl", {"rollout": 45.0})):
+        profile = finished_run / "iteration_000" / stage / "profile" / "parts.json"
+        profile.parent.mkdir(exist_ok=True)
+        profile.write_text(json.dumps({"seconds": seconds}))
+    page, _ = page_and_summary(finished_run)
+    assert title in page and page.count("profile/parts.json") == 4  # under the figure and under the table
+    cells = re.search(r"iteration 0, pretrain</th>(.*?)</tr>", page)[1]
+    assert re.findall(r"<td>(.*?)</td>", cells) == ["2 min 00 s", "30 s", "–", "1 min 30 s"]
+    (finished_run / "iteration_000" / "rl" / "profile" / "parts.json").write_text("{torn")
+    assert title in page_and_summary(finished_run)[0]
+
+
 def test_a_failed_stage_shows_with_its_log_and_what_follows_is_pending(finished_run):
     change_state(finished_run, 1, "rl", status="failed")
     change_state(finished_run, 1, "evaluate", status="pending")

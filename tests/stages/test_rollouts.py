@@ -24,7 +24,8 @@ from nemo_rmt.tracking import read_metrics
 
 STAGES = {"pretrain": pretrain, "rl": rl, "rmt": rmt}
 BASE = "base/pretrain/checkpoints/step_00000005"
-TIMINGS = {"time", "train/tokens_per_s", "train/step_s", "rollout/wait_s"}
+TIMINGS = {"time", "train/tokens_per_s", "train/step_s", "train/model_tflops_per_s"}
+TIMINGS |= {"rollout/wait_s", "rollout/tokens_per_s"}
 
 
 class DigitsTask(ChainTask):
@@ -99,6 +100,16 @@ def test_a_copy_updated_before_every_step_samples_what_the_live_weights_do(run, 
     live, copied = steps_of(run(stage, "live")), steps_of(run(stage, "copied", copy={}))
     assert copied == live and len(live) == 5
     assert all(step["rollout/weight_lag"] == 0 for step in copied)
+
+
+@pytest.mark.parametrize("ahead", [{}, AHEAD], ids=["now", "one step ahead"])
+def test_how_fast_responses_come_is_logged(run, ahead):
+    steps = read_metrics(run("rl", f"speed_{len(ahead)}", copy={}, **ahead) / "metrics.jsonl")
+    for step in steps:
+        sampled = step["rl/response_length"] * 32
+        if not ahead:
+            assert step["rollout/tokens_per_s"] > sampled / step["rollout/wait_s"]  # which the verifier is part of
+        assert 0 < sampled / step["rollout/tokens_per_s"]
 
 
 @pytest.mark.parametrize("stage", ["rl", "rmt"])

@@ -14,7 +14,8 @@ import pytest
 import torch
 from megatron.core import tensor_parallel
 
-from nemo_rmt import stopping
+from nemo_rmt import profiling, stopping
+from nemo_rmt.data.tokenizer import Tokenizer
 from nemo_rmt.errors import Diverged, UserError
 from nemo_rmt.megatron import guard
 from nemo_rmt.megatron.runtime import distributed
@@ -25,7 +26,7 @@ from nemo_rmt.stages.session import Session
 from nemo_rmt.stages.training import Training
 from nemo_rmt.tracking import read_metrics
 
-TIMINGS = {"time", "train/tokens_per_s", "train/step_s", "rollout/wait_s"}
+TIMINGS = {"time", "train/tokens_per_s", "train/step_s", "train/model_tflops_per_s", "rollout/wait_s"}
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,37 @@ def test_an_interrupted_stage_ends_with_the_same_numbers(recipe, data_folder, la
     lose(folder, *lost)
     pretrain.run(session(recipe, data_folder, folder, layout))
     assert outcome(folder) == outcome(uninterrupted)
+
+
+def test_every_step_says_its_model_flops_and_on_a_cpu_no_utilisation(recipe, data_folder, uninterrupted):
+    model, vocabulary = recipe.model, Tokenizer.load(data_folder / "tokenizer").vocab_size
+    widths = (4 + 2 + 2 + 4) * 16 + 3 * model.ffn_hidden_size  # of all products of a layer with the hidden size
+    weights = model.num_layers * model.hidden_size * widths + vocabulary * model.hidden_size
+    flops = 6 * weights + 12 * model.num_layers * model.hidden_size * recipe.pretrain.sequence_length
+    for step in read_metrics(uninterrupted / "metrics.jsonl"):
+        expected = step["train/tokens_per_s"] * flops / 1e12
+        assert step["train/model_tflops_per_s"] == pytest.approx(expected)
+        assert "train/mfu" not in step
+
+
+def test_utilisation_is_the_share_of_the_recipes_peak_of_each_gpu(recipe, data_folder, layout, tmp_path):
+    training = Training(session(recipe, data_folder, tmp_path / "iteration_000" / "pretrain", layout), start=None)
+    alone = training._utilisation(1e6)["train/model_tflops_per_s"]
+    training.session.layout = replace(layout, world_size=4, device=torch.device("cuda"))
+    training.session.recipe.cluster.gpu_tflops = 200.0
+    assert training._utilisation(1e6) == {
+        "train/model_tflops_per_s": pytest.approx(alone / 4),
+        "train/mfu": pytest.approx(alone / 4 / 200),
+    }
+
+
+def test_a_profiled_stage_leaves_its_parts(recipe, data_folder, layout, tmp_path):
+    folder = tmp_path / "iteration_000" / "pretrain"
+    with profiling.stage(folder, "0/pretrain", enabled=True):
+        pretrain.run(session(recipe, data_folder, folder, layout))
+    found = json.loads((folder / profiling.PARTS).read_text())
+    assert {"start", "data", "forward_backward", "optimizer", "checkpoint", "logging"} <= found["seconds"].keys()
+    assert found["steps"] + len(found["traced_steps"]) == 5 and (folder / profiling.TRACE).is_file()
 
 
 def test_a_step_that_is_not_recorded_is_an_error(recipe, data_folder, layout, tmp_path):
