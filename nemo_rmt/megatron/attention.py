@@ -49,7 +49,7 @@ class MaskedAttention(MegatronModule):
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         if self.cache is not None:
             key, value = self.cache.append(key, value)
-            if self.cache.forks is not None:
+            if self.cache.attends(query):
                 output = self.cache.attend(query, attention_mask, self.softmax_scale)
                 return output.permute(2, 0, 1, 3).reshape(queries, batch, heads * dim)
         if attention_mask is None or attention_mask.dtype == torch.bool:

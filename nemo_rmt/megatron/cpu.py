@@ -5,8 +5,10 @@ Each of these is dealt with here and nowhere else:
 * ``torch.cuda.current_device()`` and a handful of its neighbours: replaced while ``cuda_on_cpu`` is entered
   (module attributes, so no torch mechanism can intercept them) and restored when it is left;
 * ``device="cuda"`` literals, ``tensor.cuda()`` and comparisons of ``tensor.type()`` with ``torch.cuda.*Tensor``
-  (optimizer, schedules, gradient clipping): rewritten by a ``TorchFunctionMode``, only inside ``redirected()``
-  blocks, because a function mode costs about 2 µs a call;
+  (optimizer, gradient clipping, checkpoints): rewritten by a ``TorchFunctionMode``, only inside ``redirected()``
+  blocks, because a function mode makes every call of torch dearer;
+* the one such literal of the schedules, around a model's whole forward and backward: the schedules' ``torch`` is
+  replaced by one that knows better, while ``cuda_on_cpu`` is entered;
 * functions compiled as Megatron-Core is imported: left as they are by ``without_compiler``;
 * the distributed optimizer's loading code, which assumes Apex or Transformer Engine's Adam: two methods, replaced while
   ``cuda_on_cpu`` is entered, on a GPU too, where torch's Adam is used when neither package is installed.
@@ -19,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import types
 from collections.abc import Iterator
 from unittest import mock
 
@@ -50,6 +53,17 @@ class _Redirect(TorchFunctionMode):
         return result
 
 
+class _TorchOfSchedules(types.ModuleType):
+    """torch, whose ``zeros`` (of a step's token count, in pipeline_parallel/schedules.py) are on the CPU."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(torch, name)
+
+    def zeros(self, *size, device: object = None, **keywords) -> torch.Tensor:
+        """Zeros on the CPU where CUDA is asked for."""
+        return torch.zeros(*size, device=_CPU if _is_cuda(device) else device, **keywords)
+
+
 def without_compiler() -> contextlib.AbstractContextManager:
     """A block in which torch.compile leaves functions as they are, to import Megatron-Core in.
 
@@ -62,7 +76,7 @@ def without_compiler() -> contextlib.AbstractContextManager:
 
 
 def redirected() -> contextlib.AbstractContextManager:
-    """A block in which literal CUDA devices mean the CPU. Needed around Megatron's optimizer and schedules."""
+    """A block in which literal CUDA devices mean the CPU. Needed around Megatron's optimizer, not its schedules."""
     return contextlib.nullcontext() if torch.cuda.is_available() else _Redirect()
 
 
@@ -106,6 +120,7 @@ def results_in_process() -> contextlib.AbstractContextManager:
 def cuda_on_cpu() -> Iterator[None]:
     """Let Megatron-Core run on the CPU, and load states into torch's Adam, until the block is left."""
     import megatron.core.tensor_parallel.random as megatron_random
+    from megatron.core.pipeline_parallel import schedules
 
     quiet = logging.getLogger(megatron_random.__name__)
     expected = lambda record: "CPU RNG state changed" not in record.getMessage()  # noqa: E731
@@ -130,6 +145,7 @@ def cuda_on_cpu() -> Iterator[None]:
             "_set_cuda_rng_state": lambda state, device=-1, graph_safe=False: torch.set_rng_state(state),
         }.items():
             stack.enter_context(mock.patch.object(megatron_random, name, value))
+        stack.enter_context(mock.patch.object(schedules, "torch", _TorchOfSchedules("torch")))
         quiet.addFilter(expected)
         try:
             yield

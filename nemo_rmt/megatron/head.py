@@ -41,15 +41,15 @@ class _ChunkedLogprob(torch.autograd.Function):
             part = slice(start, start + chunk)
             logits = _logits(hidden[part], weight, _at(temperature, part))
             largest = _largest(logits)
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-            target, _ = _target(logits, labels[part], vocab_start)
+            _all_reduce(largest, dist.ReduceOp.MAX, group)
+            target = _at_labels(logits, labels[part], vocab_start)
             shifted = logits.sub_(largest[:, None])
             exponentials = shifted.exp() if with_entropy else shifted.exp_()
             sums = [exponentials.sum(-1), target]
             if with_entropy:
                 sums.append(torch.linalg.vecdot(exponentials, shifted))
             sums = torch.stack(sums)
-            dist.all_reduce(sums, group=group)
+            _all_reduce(sums, dist.ReduceOp.SUM, group)
             log_sum = sums[0].log()
             normaliser[part] = largest + log_sum
             logprobs[part] = sums[1] - normaliser[part]
@@ -75,8 +75,7 @@ class _ChunkedLogprob(torch.autograd.Function):
             if with_entropy:
                 factor = factor - grad_entropy[part, None] * (log_softmax + entropy[part, None])
             grad = probabilities.mul_(factor)
-            _, where = _target(grad, labels[part], vocab_start)
-            grad[where] += grad_logprobs[part][where[0]]
+            _add_at_labels(grad, labels[part], vocab_start, grad_logprobs[part])
             grad = grad.div_(_at(temperature, part)).to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ weight
@@ -89,7 +88,13 @@ class _ChunkedLogprob(torch.autograd.Function):
 
 def _largest(logits: Tensor) -> Tensor:
     """Each token's largest logit of this shard; -inf for a shard of nothing but padding."""
-    return logits.max(dim=-1).values if logits.shape[-1] else logits.new_full(logits.shape[:1], -torch.inf)
+    return logits.amax(-1) if logits.shape[-1] else logits.new_full(logits.shape[:1], -torch.inf)
+
+
+def _all_reduce(values: Tensor, operation: dist.ReduceOp, group: dist.ProcessGroup) -> None:
+    """Over the ranks of the vocabulary, where it is sharded."""
+    if group.size() > 1:
+        dist.all_reduce(values, operation, group=group)
 
 
 def _at(temperature: float | Tensor, part: slice) -> float | Tensor:
@@ -111,14 +116,28 @@ def _accumulate(grad_weight: Tensor, grad_logits: Tensor, hidden: Tensor) -> Non
         grad_weight.add_(grad_logits.t() @ hidden)
 
 
-def _target(values: Tensor, labels: Tensor, vocab_start: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The labels' entries of this rank's vocabulary shard (0 elsewhere), and their (row, column) indices."""
-    local = labels - vocab_start
-    rows = ((local >= 0) & (local < values.shape[-1])).nonzero(as_tuple=True)[0]
-    where = (rows, local[rows])
-    target = values.new_zeros(labels.shape)
-    target[rows] = values[where]
-    return target, where
+def _columns(labels: Tensor, width: int, vocab_start: int) -> tuple[Tensor, Tensor]:
+    """Where the labels stand in this rank's shard of ``width`` columns, and whether they do: ``[tokens, 1]`` each.
+
+    A column for every token, not the indices of those that have one: their number would have to come from the GPU.
+    """
+    local = (labels - vocab_start)[:, None]
+    return local.clamp(0, width - 1), (local >= 0) & (local < width)
+
+
+def _at_labels(logits: Tensor, labels: Tensor, vocab_start: int) -> Tensor:
+    """``[tokens]``, the labels' logits in this rank's shard, 0 elsewhere."""
+    if not logits.shape[1]:
+        return logits.new_zeros(labels.shape)
+    columns, own = _columns(labels, logits.shape[1], vocab_start)
+    return logits.gather(1, columns).where(own, 0.0)[:, 0]
+
+
+def _add_at_labels(grad: Tensor, labels: Tensor, vocab_start: int, values: Tensor) -> None:
+    """Add ``[tokens]`` values to the labels' entries of this rank's shard, in place."""
+    if grad.shape[1]:
+        columns, own = _columns(labels, grad.shape[1], vocab_start)
+        grad.scatter_add_(1, columns, values[:, None].where(own, 0.0))
 
 
 def token_scores(

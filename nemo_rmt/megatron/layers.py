@@ -37,6 +37,34 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(hidden_size, eps=eps)
         self.weight.sequence_parallel = config.sequence_parallel
 
+    def forward(self, states: Tensor) -> Tensor:
+        """``[..., hidden]`` to the same."""
+        if states.is_cuda or not (torch.is_grad_enabled() and states.requires_grad):
+            return super().forward(states)
+        return _RMSNormOnCPU.apply(states, self.weight, self.eps)
+
+
+class _RMSNormOnCPU(torch.autograd.Function):
+    """RMSNorm with a backward of its own: torch (2.13) has none on the CPU, and differentiates a dozen operations."""
+
+    @staticmethod
+    def forward(ctx, states, weight, eps):
+        floats = states.float()
+        # In torch's order of operations: scoring, which has no gradients, gives to the bit what training does.
+        scale = floats.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        normed = floats * scale
+        ctx.save_for_backward(normed, scale, weight)
+        return (normed * weight).to(states.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        normed, scale, weight = ctx.saved_tensors
+        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        grad_normed = grad.float() * weight
+        along = torch.linalg.vecdot(grad_normed, normed).div_(normed.shape[-1])[..., None]
+        grad_states = torch.addcmul(grad_normed, normed, along, value=-1).mul_(scale)
+        return grad_states.to(grad.dtype), grad_weight, None
+
 
 class AllHeadsRMSNorm(nn.Module):
     """RMSNorm over all query (or key) heads together; each tensor-parallel rank holds some of them, and their weights.

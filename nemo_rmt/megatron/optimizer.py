@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
@@ -16,7 +17,7 @@ from nemo_rmt.megatron.model import DTYPES
 DECAY_STYLES = {"constant": "constant", "linear": "linear", "cosine": "cosine", "one_minus_sqrt": "WSD"}
 
 
-def build_optimizer(optim: Optim, model: Model, parallel: Parallel, chunks: list[nn.Module]) -> MegatronOptimizer:
+def build_optimizer(optim: Optim, model: Model, parallel: Parallel, chunks: list[nn.Module]) -> ChainedOptimizer:
     """Adam over the DDP-wrapped model chunks, states sharded over data-parallel ranks when the recipe says so."""
     dtype = DTYPES[model.precision]
     config = OptimizerConfig(
@@ -33,10 +34,25 @@ def build_optimizer(optim: Optim, model: Model, parallel: Parallel, chunks: list
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
     with redirected():
-        return get_megatron_optimizer(config, chunks)
+        optimizer = get_megatron_optimizer(config, chunks)
+    if not torch.cuda.is_available():
+        # On the CPU torch's AdamW would do a dozen small operations for each parameter, one parameter at a time.
+        for group in optimizer.param_groups:
+            group["fused"] = True
+    return optimizer
 
 
-def build_scheduler(optim: Optim, optimizer: MegatronOptimizer, steps: int) -> OptimizerParamScheduler:
+def update_weights(optimizer: ChainedOptimizer, grad_norm: float) -> None:
+    """The rest of ``optimizer.step()``, which would start over, once gradients are prepared and their norm is known."""
+    with redirected():
+        for part in optimizer.chained_optimizers:
+            parameters = part.get_parameters()
+            if part.config.clip_grad > 0 and parameters:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+        optimizer.step_with_ready_grads()
+
+
+def build_scheduler(optim: Optim, optimizer: ChainedOptimizer, steps: int) -> OptimizerParamScheduler:
     """Linear warm-up, then constant, or a decay that reaches min_lr as the last of ``steps`` steps is done.
 
     Step n (from 0) of a warm-up of w runs at lr·(n+1)/(w+1): no step is spent at a learning rate of 0.
@@ -59,13 +75,13 @@ def build_scheduler(optim: Optim, optimizer: MegatronOptimizer, steps: int) -> O
     )
 
 
-def prepare_for_loading(optimizer: MegatronOptimizer) -> None:
+def prepare_for_loading(optimizer: ChainedOptimizer) -> None:
     """Give torch's AdamW the state it lacks before its first step, so that a checkpoint has somewhere to go.
 
     Only for the distributed optimizer without Transformer Engine or Apex, whose sharded_state_dict asserts otherwise
     (distrib_optimizer.py:642 of 0.16.1).
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in optimizer.chained_optimizers:
         if not isinstance(part, DistributedOptimizer) or not isinstance(part.optimizer, torch.optim.AdamW):
             continue
         for group in part.optimizer.param_groups:

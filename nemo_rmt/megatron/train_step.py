@@ -12,15 +12,16 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from nemo_rmt import pulse
+from nemo_rmt import profiling, pulse
 from nemo_rmt.config import Model, Optim, Parallel
 from nemo_rmt.data.batch import TokenBatch
+from nemo_rmt.errors import UserError
 from nemo_rmt.megatron.attention import row_structure
 from nemo_rmt.megatron.cpu import redirected
 from nemo_rmt.megatron.guard import Guard
 from nemo_rmt.megatron.head import TokenScores
 from nemo_rmt.megatron.model import LogprobGPT
-from nemo_rmt.megatron.optimizer import build_optimizer, build_scheduler
+from nemo_rmt.megatron.optimizer import build_optimizer, build_scheduler, update_weights
 from nemo_rmt.megatron.runtime import broadcast_from_last_stage, max_over_ranks
 from nemo_rmt.objectives import LossOutput
 
@@ -55,13 +56,14 @@ class ScoredModel:
         Returns:
             TokenScores ``[rows, sequence]`` on the last pipeline stage, None on the others.
         """
-        outputs = self._run(
-            batch.micro_batches(micro_batch_size),
-            lambda scores, micro, non_loss_data: scores,
-            temperature=temperature,
-            with_entropy=with_entropy,
-            forward_only=True,
-        )
+        with profiling.part("scoring"):
+            outputs = self._run(
+                batch.micro_batches(micro_batch_size),
+                lambda scores, micro, non_loss_data: scores,
+                temperature=temperature,
+                with_entropy=with_entropy,
+                forward_only=True,
+            )
         if not outputs:
             return None
         return TokenScores(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
@@ -92,17 +94,16 @@ class ScoredModel:
             return output, functools.partial(_on_scores, loss, micro)
 
         chunked = self.parallel.virtual_pipeline is not None
-        with redirected():
-            return get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=[iter(micro_batches) for _ in self.chunks] if chunked else iter(micro_batches),
-                model=self.chunks if chunked else self.chunks[0],
-                num_microbatches=len(micro_batches),
-                seq_length=micro_batches[0].tokens.shape[1],
-                micro_batch_size=micro_batches[0].tokens.shape[0],
-                forward_only=forward_only,
-                collect_non_loss_data=forward_only,
-            )
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(micro_batches) for _ in self.chunks] if chunked else iter(micro_batches),
+            model=self.chunks if chunked else self.chunks[0],
+            num_microbatches=len(micro_batches),
+            seq_length=micro_batches[0].tokens.shape[1],
+            micro_batch_size=micro_batches[0].tokens.shape[0],
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
 
 
 def _temperatures(temperature: float, micro: TokenBatch) -> float | Tensor:
@@ -115,6 +116,44 @@ def _temperatures(temperature: float, micro: TokenBatch) -> float | Tensor:
 def _on_scores(loss: Callable, micro: TokenBatch, scores: TokenScores, **keywords):
     """Adapt Megatron's one-argument loss call."""
     return loss(scores, micro, **keywords)
+
+
+class FrozenModel(ScoredModel):
+    """A model that is scored only, such as a reference: its weights need no room on the GPU between scores.
+
+    Args:
+        chunks: with the weights they are to keep.
+        offload: keep the weights in pinned host memory, and on the GPU only while ``score`` runs. Raises UserError
+            without a GPU.
+    """
+
+    def __init__(self, chunks: list[LogprobGPT], parallel: Parallel, *, offload: bool = False):
+        super().__init__(chunks, parallel)
+        self.offload = offload
+        self._parameters = [parameter.requires_grad_(False) for chunk in chunks for parameter in chunk.parameters()]
+        if not offload:
+            return
+        if not torch.cuda.is_available():
+            raise UserError("anneal.remit.offload=true makes room on a GPU, and none is here: set it to false")
+        self._on_host = [parameter.data.cpu().pin_memory() for parameter in self._parameters]
+        self._leave()
+
+    def score(self, *arguments, **keywords) -> TokenScores | None:
+        """As ScoredModel's."""
+        if not self.offload:
+            return super().score(*arguments, **keywords)
+        # On the stream of the forward, which thus waits for its weights, and whose last use precedes what comes next.
+        for parameter, weights in zip(self._parameters, self._on_host, strict=True):
+            parameter.data = weights.to(torch.cuda.current_device(), non_blocking=True)
+        try:
+            return super().score(*arguments, **keywords)
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Drop the weights on the GPU."""
+        for parameter, weights in zip(self._parameters, self._on_host, strict=True):
+            parameter.data = weights
 
 
 class TrainedModel(ScoredModel):
@@ -171,20 +210,23 @@ class TrainedModel(ScoredModel):
             output = objective(scores, micro)
             return output.loss_sum, output.num_tokens.to(torch.int), output.metrics
 
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        outputs = self._run(micro_batches, loss, temperature=temperature, with_entropy=with_entropy, forward_only=False)
-        metrics = reduce_metrics(outputs)
+        with profiling.part("forward_backward"):
+            for chunk in self.chunks:
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            outputs = self._run(
+                micro_batches, loss, temperature=temperature, with_entropy=with_entropy, forward_only=False
+            )
         lr = self.optimizer.param_groups[0]["lr"]  # all have the same
-        pulse.tick("the optimizer's step")
-        with redirected():
-            self.optimizer.prepare_grads()
-            grad_norm = self.optimizer.get_grad_norm()
-        if self.guard.accepts(*max_over_ranks([metrics.get("loss", 0.0), grad_norm])):
+        with profiling.part("optimizer"):
+            pulse.tick("the optimizer's step")
             with redirected():
-                self.optimizer.step()  # prepares and measures again, to the same numbers
-        self.scheduler.step(1)
+                self.optimizer.prepare_grads()
+                grad_norm = self.optimizer.get_grad_norm()
+            metrics = reduce_metrics(outputs)
+            if self.guard.accepts(*max_over_ranks([metrics.get("loss", 0.0), grad_norm])):
+                update_weights(self.optimizer, grad_norm)
+            self.scheduler.step(1)
         return {**metrics, "grad_norm": float(grad_norm), "lr": float(lr)}
 
 
@@ -194,16 +236,16 @@ def reduce_metrics(outputs: list[dict[str, tuple[Tensor, Tensor]]]) -> dict[str,
     Args:
         outputs: one dict per micro-batch on the last stage, empty elsewhere. Sums are 0-d, or 1-d for histograms.
     """
-    means = {}
+    means: dict[str, float | list[float]] = {}
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True) and outputs:
         names = sorted(outputs[0])
-        pairs = [[torch.stack([output[name][part] for output in outputs]).sum(0) for part in (0, 1)] for name in names]
-        flat = torch.cat([tensor.reshape(-1).double() for pair in pairs for tensor in pair])
+        rows = [torch.cat([part.reshape(-1) for name in names for part in output[name]]) for output in outputs]
+        flat = torch.stack(rows).double().sum(0)
         dist.all_reduce(flat, group=parallel_state.get_data_parallel_group())
-        offset = 0
-        for name, (total, count) in zip(names, pairs, strict=True):
-            totals, counts = flat[offset : offset + total.numel()], flat[offset + total.numel()]
-            offset += total.numel() + count.numel()
-            values = (totals / counts.clamp(min=1e-12)).tolist()
+        numbers = iter(flat.tolist())  # the one transfer from the GPU
+        for name in names:
+            total, _ = outputs[0][name]
+            totals, count = [next(numbers) for _ in range(total.numel())], max(next(numbers), 1e-12)
+            values = [value / count for value in totals]
             means[name] = values if total.dim() else values[0]
     return broadcast_from_last_stage(means)

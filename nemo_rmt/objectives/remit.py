@@ -8,9 +8,10 @@ The paper does not say whether gradients flow through the weights; here they do 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_rmt.objectives.output import Metric, masked, mean_metric, require_same_shape
+from nemo_rmt.objectives.output import Metric, masked, require_same_shape
 
 
 def remit_weights(
@@ -54,12 +55,12 @@ def _segment_mean(gap: Tensor, mask: Tensor, segment_ids: Tensor | None) -> Tens
         return (gap.sum(-1, keepdim=True) / counted.sum(-1, keepdim=True).clamp(min=1)).float()
     if segment_ids.is_floating_point() or segment_ids.is_complex():
         raise ValueError(f"segment_ids must be integers, got {segment_ids.dtype}")
-    names, compact = torch.unique(segment_ids, return_inverse=True)
-    rows = torch.arange(gap.shape[0], device=gap.device).unsqueeze(-1)
-    index = (rows * len(names) + compact).flatten()
-    sums = gap.new_zeros(gap.shape[0] * len(names)).scatter_add(0, index, gap.flatten())
-    counts = torch.zeros_like(sums).scatter_add(0, index, counted.flatten())
-    return (sums / counts.clamp(min=1))[index].view_as(gap).float()
+    # Documents numbered within their rows by sorting, not by torch.unique: how many there are stays on the GPU.
+    ordered, order = segment_ids.sort(-1)
+    starts = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0))
+    number = torch.empty_like(order).scatter_(-1, order, starts.cumsum(-1))
+    sums, counts = (torch.zeros_like(gap).scatter_add_(-1, number, values) for values in (gap, counted))
+    return (sums / counts.clamp_(min=1)).float().gather(-1, number)
 
 
 def remit_metrics(weights: Tensor, gap: Tensor, mask: Tensor, epsilon: float, bins: int = 20) -> dict[str, Metric]:
@@ -75,20 +76,24 @@ def remit_metrics(weights: Tensor, gap: Tensor, mask: Tensor, epsilon: float, bi
     _require_epsilon(epsilon)
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")
-    weights, gap = weights.detach().float(), gap.detach()
+    weights, kept = weights.detach().float(), mask.bool()
+    count = kept.sum().float()
     # Measured from the middle, so that a weight of exactly 1 falls on the same side of a bin edge for every epsilon.
     place = ((weights - 1) / (2 * epsilon) + 0.5) * bins
-    histogram = torch.zeros(bins, device=weights.device).scatter_add(
-        0, place.long().clamp(0, bins - 1).flatten(), mask.bool().float().flatten()
+    histogram = torch.zeros(bins, device=weights.device).scatter_add_(
+        0, place.long().clamp_(0, bins - 1).flatten(), kept.float().flatten()
     )
-    return {
-        "weight_mean": mean_metric(weights, mask),
-        "weight_square": mean_metric(weights.square(), mask),
-        "share_low": mean_metric((weights <= torch.full_like(weights, 1 - epsilon)).float(), mask),
-        "share_high": mean_metric((weights >= torch.full_like(weights, 1 + epsilon)).float(), mask),
-        "gap_mean": mean_metric(gap, mask),
-        "weight_hist": (histogram, mask.bool().sum().float()),
+    low, high = weights <= 1 - epsilon, weights >= 1 + epsilon
+    means = {
+        "weight_mean": weights,
+        "weight_square": weights.square(),
+        "share_low": low.float(),
+        "share_high": high.float(),
+        "gap_mean": gap.detach().float(),
     }
+    sums = torch.stack(list(means.values())).masked_fill_(~kept, 0.0).sum((1, 2))
+    metrics = {name: (total, count) for name, total in zip(means, sums, strict=True)}
+    return {**metrics, "weight_hist": (histogram, count)}
 
 
 def standard_deviation(mean: float, mean_square: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import random as megatron_random
 
 from nemo_rmt.megatron.cpu import cuda_on_cpu, redirected, without_compiler
@@ -17,14 +18,15 @@ def attributes(*owners) -> dict:
 
 
 def test_every_attribute_is_as_before_after_the_block_even_after_an_error():
-    owners = (torch, torch.cuda, torch.Tensor, megatron_random, DistributedOptimizer)
+    owners = (torch, torch.cuda, torch.Tensor, megatron_random, schedules, DistributedOptimizer)
     before = attributes(*owners)
     with pytest.raises(KeyError), cuda_on_cpu():
         inside = attributes(*owners)
         raise KeyError
     changed = {name for name, value in before.items() if inside[name] is not value}
     assert {("torch.cuda", name) for name in ("current_device", "synchronize", "get_rng_state")} <= changed
-    assert {owner for owner, _ in changed} == {"torch.cuda", megatron_random.__name__, "DistributedOptimizer"}
+    modules = {"torch.cuda", megatron_random.__name__, schedules.__name__}
+    assert {owner for owner, _ in changed} == {*modules, "DistributedOptimizer"}
     after = attributes(*owners)
     assert after.keys() == before.keys() and all(after[name] is value for name, value in before.items())
 
@@ -38,6 +40,14 @@ def test_what_megatron_asks_of_cuda_is_answered_for_the_cpu():
         first = torch.rand(3)
         torch.cuda.set_rng_state(state)
         assert torch.equal(torch.rand(3), first)
+
+
+def test_the_schedules_count_tokens_on_the_cpu_and_see_torch_otherwise():
+    with cuda_on_cpu():
+        assert schedules.torch.zeros([], dtype=torch.int, device="cuda").device.type == "cpu"
+        assert schedules.torch.zeros(2, device="meta").device.type == "meta"
+        assert schedules.torch.Tensor is torch.Tensor and schedules.torch.ones is torch.ones
+    assert schedules.torch is torch
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda", 0)], ids=str)

@@ -82,6 +82,17 @@ def test_gradient_norms_are_known_without_clipping_and_clipping_bounds_the_updat
     assert norms[0] == pytest.approx(norms[1]) and norms[0] > 0.1
 
 
+def test_the_fused_update_is_that_of_plain_adam():
+    found, expected = (trained(tiny_recipe(), Optim(lr=1e-2, weight_decay=0.1)) for _ in range(2))
+    for group in expected.optimizer.param_groups:
+        group["fused"] = False
+    for seed in range(5):
+        for model in (found, expected):
+            model.train_step(random_batch(2, seed=seed).micro_batches(2), next_token)
+    for one, other in zip(found.modules[0].parameters(), expected.modules[0].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_weight_decay_shrinks_matrices_and_leaves_norms():
     before, plain, decayed = (
         trained(tiny_recipe(), Optim(lr=1e-2, weight_decay=decay)).modules[0] for decay in (0.0, 0.0, 0.5)

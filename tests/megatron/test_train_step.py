@@ -6,6 +6,7 @@ import pytest
 import torch
 from dense_masks import document_mask, tree_mask
 from tiny_model import VOCAB, next_token, random_batch, random_rows, tiny_recipe, trained, world
+from torch.overrides import _get_current_function_mode
 from tree_worker import random_trees
 
 from nemo_rmt.config import Optim
@@ -188,6 +189,17 @@ def test_a_step_that_is_taken_is_the_optimizers_own_bit_for_bit(clip_grad):
     assert [one for one, _ in norms] == [other for _, other in norms]
     for one, other in zip(guarded.modules[0].parameters(), plain.modules[0].parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_nothing_intercepts_torch_in_the_models_forward_and_backward():
+    model, modes = free(tiny_recipe()), []
+    module = model.modules[0].decoder
+    module.register_forward_hook(lambda *_: modes.append(_get_current_function_mode()))
+    module.register_full_backward_hook(lambda *_: modes.append(_get_current_function_mode()))
+    batch = random_batch(2)
+    model.train_step(batch.micro_batches(1), next_token)
+    model.score(batch, 2)
+    assert modes == [None] * 5
 
 
 def test_metrics_are_sums_over_counts_of_all_micro_batches():
