@@ -2,7 +2,7 @@
 
 Rows that follow prefixes of the same document (a trunk) share its keys and values: they are computed once and never
 copied. A row attends to its trunk before its fork and to its own positions, each part by itself; the parts are joined
-as in flash decoding.
+as in flash decoding. Rows with the same prompt are one row until its first token is drawn, see ``Caches.select``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Forks:
         self.hidden = torch.arange(length, device=trunks.device) >= positions[self.rows].view(*self.shape, 1)
 
     def select(self, rows: Tensor) -> tuple[Forks, Tensor]:
-        """Those of the rows left (a boolean mask), and the trunks left (indices)."""
+        """Those of the given rows (indices), and the trunks left (indices)."""
         kept, trunks = self.trunks[rows].unique(return_inverse=True)
         return Forks(trunks, self.positions[rows], self.length), kept
 
@@ -84,46 +84,77 @@ class KeyValueCache:
         self.used = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def attend(self, query: Tensor, mask: Tensor, scale: float | None) -> Tensor:
-        """Attention to the trunks and to the rows' own positions.
+    def select(self, rows: Tensor, length: int) -> None:
+        """Keep the given rows (indices, as often as they are to be there), with room for ``length`` positions."""
+        shape = (len(rows), self.keys.shape[1], length, self.keys.shape[3])
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_empty(shape)
+            new[:, :, : self.used] = old[rows, :, : self.used]
+            setattr(self, name, new)
+        self.length = length
+
+    def attends(self, query: Tensor) -> bool:
+        """Whether ``attend`` is for this query, not a fused kernel: to trunks, and where that is the faster of two
+        exact ways."""
+        return self.forks is not None or (query.shape[2] == 1 and query.dtype == torch.float32)
+
+    def attend(self, query: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        """Attention to the trunks, if there are any, and to the rows' own positions.
 
         Args:
             query: ``[rows, heads, queries, head_dim]``.
-            mask: of the rows' own positions, boolean ``[rows, 1, queries, used]``, True where a query may attend.
+            mask: of the rows' own positions, boolean ``[rows, 1, queries, used]``, True where a query may attend; None:
+                everywhere.
             scale: of the scores; None is 1/√head_dim.
 
         Returns:
             As ``query``.
         """
-        rows, heads, queries, dim = query.shape
+        scale = query.shape[3] ** -0.5 if scale is None else scale
         keys, values = self.keys[:, :, : self.used], self.values[:, :, : self.used]
+        if self.forks is None:
+            return _attend_to_own(query, keys, values, mask, scale)
+        rows, heads, _, dim = query.shape
         at_once = max(1, MAX_SCORES // (rows * heads * (self.used + self.forks.length)))
+        parts = query.split(at_once, 2)
+        hidden_keys = [None] * len(parts) if mask is None else (~mask[:, :, None]).split(at_once, 3)
         pieces = []
-        for part, visible in zip(query.split(at_once, 2), mask.split(at_once, 2), strict=True):
-            scaled = part.float() * (dim**-0.5 if scale is None else scale)
+        for part, hidden in zip(parts, hidden_keys, strict=True):
+            scaled = part.float() * scale
             grouped = scaled.reshape(rows, keys.shape[1], -1, *scaled.shape[2:])
-            own = _partial_attention(grouped, keys, values, ~visible[:, :, None]).flatten(2, 3)
+            own = _partial_attention(grouped, keys, values, hidden).flatten(2, 3)
             cells = self.forks.to_grid(grouped.flatten(2, 3))
-            hidden = self.forks.hidden[:, None, :, None]
-            trunk = self.forks.to_rows(_partial_attention(cells, self.trunk_keys, self.trunk_values, hidden))
+            beyond = self.forks.hidden[:, None, :, None]
+            trunk = self.forks.to_rows(_partial_attention(cells, self.trunk_keys, self.trunk_values, beyond))
             pieces.append(_joined(own, trunk).reshape(rows, heads, -1, dim))
         return torch.cat(pieces, 2).to(query.dtype)
 
 
-def _partial_attention(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
+def _attend_to_own(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of one query per row in two products, with the heads of a group as the rows of one matrix."""
+    grouped = (query * scale).reshape(*keys.shape[:2], -1, keys.shape[3])
+    scores = grouped @ keys.transpose(2, 3)
+    if mask is not None:
+        scores.masked_fill_(~mask, float("-inf"))
+    return (scores.softmax(-1) @ values).reshape(query.shape)
+
+
+def _partial_attention(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None) -> Tensor:
     """Attention to some of the keys, to be joined with the rest; in float32, as fused kernels have it.
 
     Args:
         query: scaled, float32, ``[batch, groups, m, n, dim]``.
         keys, values: ``[batch, groups, length, dim]``.
-        hidden: boolean, broadcast over ``[batch, groups, m, n, length]``.
+        hidden: boolean, broadcast over ``[batch, groups, m, n, length]``; None: nothing is.
 
     Returns:
         Sum of exp(score - peak) · value, sum of exp(score - peak), peak: ``[batch, groups, m, n, dim + 2]``.
     """
     scores = (query.flatten(2, 3) @ keys.transpose(2, 3).float()).unflatten(2, query.shape[2:4])
-    # Finite: a row may have no key here, and its peak then weighs nothing in the join.
-    scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
+    if hidden is not None:
+        # Finite: a row may have no key here, and its peak then weighs nothing in the join.
+        scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
     peak = scores.amax(-1, keepdim=True)
     weights = scores.sub_(peak).exp_()
     sums = (weights.flatten(2, 3) @ values.float()).unflatten(2, query.shape[2:4])
@@ -154,10 +185,13 @@ class Caches:
             layer.keys = layer.values = None
             layer.used, layer.length, layer.forks = 0, length, forks
 
-    def select(self, rows: Tensor) -> None:
-        """Keep only these rows of the batch (a boolean mask), and the trunks they follow."""
+    def select(self, rows: Tensor, length: int | None = None) -> None:
+        """Keep these rows of the batch (indices), and the trunks they follow. A row may be there several times.
+
+        length: room for as many positions; None: as before.
+        """
         for layer in self.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            layer.select(rows, layer.length if length is None else length)
         old = self.layers[0].forks
         if old is None:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ from nemo_rmt.megatron.model import LogprobGPT, set_for_sampling
 
 # Finished rows leave the batch once they are a quarter of it: moving the caches costs more than a few idle rows.
 KEEP_WHILE_RUNNING = 0.75
+# Asking a GPU which rows have finished is waiting for it: only every so many tokens. What finished rows draw until then
+# is thrown away.
+CHECK_EVERY = 4
 
 
 @dataclass
@@ -77,16 +81,6 @@ def generate(
     """
     device = torch.device(torch.cuda.current_device())
     width, limit = max(len(prompt) for prompt in prompts), noise.shape[1]
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    padding = (width - lengths)[:, None]
-    tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    columns = torch.arange(width + limit, device=device)
-    visible = columns >= padding  # [batch, width + limit]: real prompt and response positions
-    causal = columns[:width, None] >= columns[None, :width]
-    # A padding query sees itself, or its softmax would be over nothing.
-    mask = causal & visible[:, None, None, :width] | torch.eye(width, dtype=torch.bool, device=device)
-    starts = torch.tensor(trunks.positions if trunks else [0] * len(prompts), device=device)[:, None]
-    positions = starts + (columns[:width] - padding).clamp(min=0)
     uniform = torch.from_numpy(noise).to(device)
     stops = torch.tensor(sorted(stop_tokens), device=device)
     result = Sampled(
@@ -97,36 +91,93 @@ def generate(
     )
     rows = torch.arange(len(prompts), device=device)  # which sequences the batch holds
     running = torch.ones_like(result.finished)  # and which of those go on
-    left = torch.full_like(lengths, limit + 1)  # tokens until the marker ends a row; starts out of reach
-    shared = max(trunks.positions) if trunks else 0
-    with _inference(chunks, shared or width + limit) as caches:
-        if shared:
-            _forward_trunks(chunks, [document[:shared] for document in trunks.documents], device)
-            caches.fork(torch.tensor(trunks.indices, device=device), starts[:, 0], width + limit)
+    left = torch.full_like(rows, limit + 1)  # tokens until the marker ends a row; starts out of reach
+    endless = not stop_tokens and marker is None
+    check_every = CHECK_EVERY if device.type == "cuda" else 1
+    with _inference(chunks, (max(trunks.positions) if trunks else 0) or width) as caches:
+        logits, positions, visible = _prefill(chunks, caches, prompts, trunks, limit, device)
         for step in range(limit):
             pulse.tick(f"sampling token {step} of up to {limit} of {len(prompts)} responses")
-            logits = _forward(chunks, tokens, positions, mask)
             drawn, logprobs = _draw(logits, uniform[rows, step], temperature, top_p)
-            result.tokens[rows[running], step] = drawn[running]
-            result.logprobs[rows[running], step] = logprobs[running]
-            result.lengths[rows[running]] += 1
-            left -= 1
-            if marker is not None:
-                left[rows] = torch.where(drawn == marker, left[rows].clamp(max=after_marker), left[rows])
-            ended = (torch.isin(drawn, stops) | (left[rows] == 0)) & running
-            result.finished[rows[ended]] = True
-            running &= ~ended
-            if not running.any():
-                break
-            if running.sum() <= KEEP_WHILE_RUNNING * len(rows):
-                rows, drawn = rows[running], drawn[running]
-                caches.select(running)
-                running = running[running]
-            end = width + step + 1
-            tokens, positions = drawn[:, None], starts[rows] + end - 1 - padding[rows]
-            mask = visible[rows, None, None, :end]
+            result.tokens[rows, step] = drawn.where(running, 0)
+            result.logprobs[rows, step] = logprobs.where(running, 0)
+            result.lengths[rows] += running
+            if not endless:
+                left -= 1
+                if marker is not None:
+                    left = left.clamp(max=after_marker).where(drawn == marker, left)
+                ended = (torch.isin(drawn, stops) | (left == 0)) & running
+                result.finished[rows] |= ended
+                running = running & ~ended
+                if (step + 1) % check_every == 0:
+                    going = int(running.sum())
+                    if going == 0:
+                        break
+                    if going <= KEEP_WHILE_RUNNING * len(rows):
+                        kept = running.nonzero()[:, 0]
+                        caches.select(kept)
+                        rows, running, left, drawn = (each[kept] for each in (rows, running, left, drawn))
+                        positions, visible = positions[kept], None if visible is None else visible[kept]
+            if step + 1 < limit:
+                mask = None if visible is None else visible[:, None, None, : width + step + 1]
+                logits = _forward(chunks, drawn[:, None], positions + step, mask)
     steps = int(result.lengths.max())
     return Sampled(result.tokens[:, :steps], result.logprobs[:, :steps], result.lengths, result.finished)
+
+
+def _prefill(
+    chunks: list[LogprobGPT],
+    caches: Caches,
+    prompts: list[list[int]],
+    trunks: Trunks | None,
+    limit: int,
+    device: torch.device,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Fill the caches, each different prompt (after the same tokens of a document) once, with room for the responses.
+
+    Returns:
+        Of every prompt: the logits after it, ``[batch, vocabulary]``, None before the last stage; the position of what
+        follows it, ``[batch, 1]``; where it and its response are, boolean ``[batch, width + limit]``, or None when
+        that is everywhere.
+    """
+    first, owners = _distinct(prompts, trunks)
+    distinct, starts = [prompts[row] for row in first], [trunks.positions[row] if trunks else 0 for row in first]
+    lengths = [len(prompt) for prompt in distinct]
+    width, shared = max(lengths), max(starts)
+    tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in distinct], device=device)
+    padding = torch.tensor([width - length for length in lengths], device=device)[:, None]
+    forks = torch.tensor(starts, device=device)
+    columns = torch.arange(width + limit, device=device)
+    visible = columns >= padding if min(lengths) < width else None
+    mask = None
+    if shared:
+        _forward_trunks(chunks, [document[:shared] for document in trunks.documents], device)
+        caches.fork(torch.tensor([trunks.indices[row] for row in first], device=device), forks, width)
+    if shared or visible is not None:
+        causal = columns[:width, None] >= columns[:width]
+        # A padding query sees itself, or its softmax would be over nothing.
+        mask = (causal & (columns >= padding)[:, None, None, :width]) | torch.eye(
+            width, dtype=torch.bool, device=device
+        )
+    after = forks[:, None] + width - padding
+    positions = forks[:, None] + (columns[:width] - padding).clamp(min=0)
+    logits = _forward(chunks, tokens, positions, mask)
+    rows = torch.tensor(owners, device=device)
+    caches.select(rows, width + limit)
+    return (*(None if each is None else each[rows] for each in (logits, after, visible)),)
+
+
+def _distinct(prompts: list[list[int]], trunks: Trunks | None) -> tuple[list[int], list[int]]:
+    """The first of each different prompt (index of every one), and which of those each prompt is."""
+    before = zip(trunks.indices, trunks.positions, strict=True) if trunks else itertools.repeat(())
+    numbers: dict[tuple, int] = {}
+    first, owners = [], []
+    for row, key in enumerate(zip(before, map(tuple, prompts))):
+        if key not in numbers:
+            numbers[key] = len(first)
+            first.append(row)
+        owners.append(numbers[key])
+    return first, owners
 
 
 @contextlib.contextmanager
@@ -173,9 +224,7 @@ def _draw(logits: Tensor | None, uniform: Tensor, temperature: float, top_p: flo
     """Next tokens and their log-probabilities ``[batch]``, drawn on the last stage and shared with all ranks."""
     drawn = torch.zeros(2, len(uniform), dtype=torch.float64, device=uniform.device)
     if logits is not None:
-        logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
-        tokens = logprobs.argmax(-1) if temperature == 0 else _inverse_cumulative(logprobs, uniform, top_p)
-        drawn[0], drawn[1] = tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+        drawn[0], drawn[1] = _sample(logits, uniform, temperature, top_p)
         if parallel_state.get_tensor_model_parallel_world_size() > 1:
             # The ranks hold the same logits, but a cumulative sum on a GPU is not deterministic: one rank decides.
             dist.broadcast(
@@ -192,14 +241,27 @@ def _draw(logits: Tensor | None, uniform: Tensor, temperature: float, top_p: flo
     return drawn[0].long(), drawn[1].float()
 
 
-def _inverse_cumulative(logprobs: Tensor, uniform: Tensor, top_p: float) -> Tensor:
-    """Invert the cumulative distribution at ``uniform``; in float64, so that layouts agree but for a hair's breadth."""
-    probabilities = logprobs.double().exp()
-    if top_p < 1:
-        ordered, order = probabilities.sort(dim=-1, descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p
-        probabilities = probabilities.scatter(1, order, ordered.masked_fill(beyond, 0.0))
-    cumulative = probabilities.cumsum(-1)
-    return torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0].clamp(
-        max=probabilities.shape[1] - 1
-    )
+def _sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """Invert the cumulative distribution at ``uniform``; in float64, so that layouts agree but for a hair's breadth.
+
+    One copy of the vocabulary in float64, changed in place: the log-probability is that of the one token drawn.
+    """
+    scaled = logits.double().div_(temperature or 1.0)
+    peak = scaled.amax(-1, keepdim=True)
+    if temperature == 0:
+        tokens, total = logits.argmax(-1, keepdim=True), scaled.sub_(peak).exp_().sum(-1, keepdim=True)
+    else:
+        weights = scaled.sub_(peak).exp_()
+        total = weights.sum(-1, keepdim=True)
+        cumulative = (_nucleus(weights, top_p * total) if top_p < 1 else weights).cumsum_(-1)
+        tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+        tokens.clamp_(max=logits.shape[1] - 1)
+    logprobs = logits.gather(1, tokens).double() / (temperature or 1.0) - peak - total.log()
+    return tokens[:, 0], logprobs[:, 0]
+
+
+def _nucleus(weights: Tensor, share: Tensor) -> Tensor:
+    """The weights, with zeros for all but the largest that add up to ``share`` ``[batch, 1]``."""
+    ordered, order = weights.sort(dim=-1, descending=True)
+    beyond = ordered.cumsum(-1) - ordered >= share
+    return weights.scatter(1, order, ordered.masked_fill(beyond, 0.0))

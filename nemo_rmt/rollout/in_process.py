@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from nemo_rmt.megatron.generation import Trunks, generate
 from nemo_rmt.megatron.model import LogprobGPT
@@ -45,11 +45,9 @@ class InProcessEngine(RolloutEngine):
         return functools.partial(self._generate_branches, documents, prompts, sample_ids, sampling)
 
     def _generate(self, prompts: list[list[int]], sample_ids: list[int], sampling: Sampling) -> list[Rollout]:
-        """Prompts of similar length share a batch, which does not change what is sampled."""
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        """Copies of a prompt share a batch, and prompts of similar length, which does not change what is sampled."""
         rollouts: dict[int, Rollout] = {}
-        for start in range(0, len(order), self.batch_size):
-            indices = order[start : start + self.batch_size]
+        for indices in _prompt_batches(prompts, self.batch_size):
             rollouts |= self._sample(indices, prompts, sample_ids, sampling)
         return [rollouts[index] for index in range(len(prompts))]
 
@@ -98,19 +96,28 @@ class InProcessEngine(RolloutEngine):
         }
 
 
+def _prompt_batches(prompts: list[list[int]], batch_size: int) -> list[list[int]]:
+    """Indices of the prompts of each batch: copies of one together."""
+    copies: dict[tuple[int, ...], list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        copies.setdefault(tuple(prompt), []).append(index)
+    return _batches(copies.values(), batch_size, lambda index: len(prompts[index]))
+
+
 def _document_batches(prompts: list[BranchPrompt], batch_size: int) -> list[list[int]]:
-    """Indices of the prompts of each batch."""
+    """Indices of the prompts of each batch: a document's together, copies of one side by side."""
     by_document: dict[int, list[int]] = {}
-    for index in sorted(range(len(prompts)), key=lambda index: prompts[index].position):
+    for index in sorted(range(len(prompts)), key=lambda index: (prompts[index].position, prompts[index].tokens)):
         by_document.setdefault(prompts[index].document, []).append(index)
-    pieces = [
-        indices[start : start + batch_size]
-        for indices in by_document.values()
-        for start in range(0, len(indices), batch_size)
-    ]
-    batches: list[list[int]] = []
     # What is computed of a document ends at its last fork.
-    for piece in sorted(pieces, key=lambda piece: prompts[piece[-1]].position):
+    return _batches(by_document.values(), batch_size, lambda index: prompts[index].position)
+
+
+def _batches(groups: Iterable[list[int]], batch_size: int, length: Callable[[int], int]) -> list[list[int]]:
+    """Groups that share a batch: as many as it holds, by the length of their last; larger ones take several."""
+    pieces = [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
+    batches: list[list[int]] = []
+    for piece in sorted(pieces, key=lambda piece: length(piece[-1])):
         if not batches or len(batches[-1]) + len(piece) > batch_size:
             batches.append([])
         batches[-1].extend(piece)

@@ -107,8 +107,8 @@ def test_a_document_is_computed_once_up_to_its_last_fork(chunks, engine, monkeyp
 def test_documents_leave_the_batch_with_their_last_branch(engine, monkeypatch):
     trunks, select = [], Caches.select
 
-    def recorded(self, rows):
-        select(self, rows)
+    def recorded(self, rows, length=None):
+        select(self, rows, length)
         trunks.extend({(len(layer.trunk_keys), layer.forks.shape[0]) for layer in self.layers})
 
     monkeypatch.setattr(Caches, "select", recorded)
@@ -198,7 +198,7 @@ def test_attention_to_a_trunk_equals_attention_to_its_copies(dtype, scale):
     mask = torch.cat([before_fork, own], -1)
     for rows in (torch.ones(5, dtype=torch.bool), torch.tensor([True, False, True, False, True])):
         if not rows.all():
-            caches.select(rows)
+            caches.select(rows.nonzero()[:, 0])
         exact = (tensor[rows].float() for tensor in (query, keys, values))
         expected = F.scaled_dot_product_attention(*exact, attn_mask=mask[rows], scale=scale, enable_gqa=True)
         torch.testing.assert_close(layer.attend(query[rows], own[rows], scale), expected.to(dtype))
