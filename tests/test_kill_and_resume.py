@@ -23,7 +23,8 @@ STAGES += [(1, name) for name in ("anneal", "rmt", "sft", "rl", "evaluate")]
 KILLS_PER_STAGE = 2
 STEPS = 6
 # What depends on the clock, not on the computation.
-TIMINGS = {"time", "train/tokens_per_s", "train/step_s", "rollout/wait_s"}
+TIMINGS = {"time", "train/tokens_per_s", "train/step_s", "train/model_tflops_per_s"}
+TIMINGS |= {"rollout/wait_s", "rollout/tokens_per_s"}
 SEED = 20260
 LIMIT_S = 120
 

@@ -92,10 +92,10 @@ class TokenBatch:
         return self._map(lambda tensor: tensor[rows])
 
     def narrowed(self, multiple: int) -> TokenBatch:
-        """Without the last columns, where they are padding in every row; the width stays a multiple of ``multiple``
-        unless the batch is narrower."""
-        used = int((self.segment_ids >= 0).any(0).nonzero().max()) + 1
-        width = -(-used // multiple) * multiple
+        """Without the last columns, where they are padding in every row; the width stays a multiple of ``multiple``,
+        at least one, unless the batch is narrower."""
+        used = (self.segment_ids >= 0).any(0).nonzero()
+        width = (int(used[-1]) // multiple + 1) * multiple if len(used) else multiple
         return self._map(lambda tensor: tensor[:, :width])
 
     def micro_batches(self, size: int) -> list[TokenBatch]:

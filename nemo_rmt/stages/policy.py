@@ -1,16 +1,49 @@
-"""What every stage that trains on sampled responses shares: GRPO's loss on their tokens, and how far the sampler's
-probabilities are from the trainer's."""
+"""What every stage that trains on sampled responses shares: responses as branches in rows, GRPO's loss on their tokens,
+and how far the sampler's probabilities are from the trainer's."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from nemo_rmt.config import GRPO, Rollout
 from nemo_rmt.data.batch import TokenBatch
+from nemo_rmt.data.tree import Branch, TokenTree
 from nemo_rmt.megatron.head import TokenScores
 from nemo_rmt.objectives import LossOutput, grpo_loss
+from nemo_rmt.stages.session import Session
 
 MULT_PROB_ERROR = "rollout/token_mult_prob_error"
+
+
+def response_branch(
+    position: int, prompt: Sequence[int], response: Sequence[int], logprobs: Sequence[float], advantage: float
+) -> Branch:
+    """A response, trained on behind the part of its prompt that follows ``trunk[:position]``, of 1 token or more.
+
+    logprobs: the sampler's, of the response's tokens.
+    """
+    asked = [0.0] * len(prompt)
+    return Branch(
+        position,
+        [*prompt, *response],
+        [*asked, *[1.0] * len(response)],
+        {"advantages": advantage, "rollout_logprobs": [*asked, *logprobs]},
+    )
+
+
+def packed_responses(session: Session, trees: list[TokenTree]) -> tuple[TokenBatch, int]:
+    """``Session.packed_batch`` of trees whose branches are responses: with what ``policy_loss`` needs, also where this
+    rank has no response."""
+    batch, size = session.packed_batch(trees)
+    if batch.branch_ids is None:
+        # All zeros, not None: the sampling temperature is the branches' alone.
+        batch.branch_ids, batch.fork_columns = torch.zeros_like(batch.tokens), torch.zeros_like(batch.tokens)
+        for name in ("advantages", "rollout_logprobs"):
+            batch.extras[name] = torch.zeros_like(batch.loss_mask)
+    return batch, size
 
 
 def policy_loss(

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
-from nemo_rmt.config import GRPO, Recipe
+from nemo_rmt.config import Recipe
 from nemo_rmt.data.batch import TokenBatch
 from nemo_rmt.data.tasks import Problem, TaskFamily, guarded_score
+from nemo_rmt.data.tree import BRANCH_MASK, TokenTree
 from nemo_rmt.errors import UserError
 from nemo_rmt.megatron.head import TokenScores
 from nemo_rmt.megatron.runtime import max_over_data_parallel, sum_over_data_parallel
 from nemo_rmt.objectives import LossOutput, group_advantages, standard_deviation
+from nemo_rmt.profiling import part
 from nemo_rmt.rollout.engine import Rollout, Sampling
-from nemo_rmt.stages.policy import attach, policy_loss
+from nemo_rmt.stages.policy import attach, packed_responses, policy_loss, response_branch
 from nemo_rmt.stages.rollouts import Sampler, sampler
 from nemo_rmt.stages.session import Session
 from nemo_rmt.stages.training import Training
@@ -34,26 +36,28 @@ class ScoredRollouts:
 
 
 def grpo_objective(recipe: Recipe):
-    """GRPO on rows of one response each, see ``policy_loss``."""
+    """GRPO on packed responses, or on rows of one each, see ``policy_loss``."""
 
     def objective(scores: TokenScores, batch: TokenBatch) -> LossOutput:
-        return policy_loss(scores, batch, batch.loss_mask, recipe.rl.grpo, recipe.rollout)
+        mask = batch.extras.get(BRANCH_MASK, batch.loss_mask)
+        return policy_loss(scores, batch, mask, recipe.rl.grpo, recipe.rollout, response_ids=batch.branch_ids)
 
     return objective
 
 
 def run(session: Session) -> None:
     """Improve the given checkpoint on the tasks' verifier rewards."""
-    settings, grpo = session.settings, session.recipe.rl.grpo
+    grpo = session.recipe.rl.grpo
     if not session.tasks:
         raise UserError("data.tasks is empty: stage rl needs at least one task with a verifier")
     start = session.require_input("checkpoint")
     reference = session.frozen_model(start) if grpo.kl_coefficient else None
     training = Training(session, start, updates_per_step=grpo.updates_per_rollout)
-    objective, rollout, size = grpo_objective(session.recipe), session.recipe.rollout, settings.micro_batch_size
+    objective, rollout = grpo_objective(session.recipe), session.recipe.rollout
     with sampler(session, training) as sampling:
         for step, scored in sampling.steps(lambda step: sample_and_score(session, sampling, step)):
-            batch = pack(session, scored, grpo)
+            with part("data"):
+                batch, size = pack(session, scored)
             if reference is not None:
                 attach(batch, "reference_logprobs", reference.score(batch, size, temperature=rollout.temperature))
             if grpo.updates_per_rollout > 1:  # strictly on-policy, the old log-probabilities are the policy's own
@@ -125,17 +129,39 @@ def response_text(session: Session, rollout: Rollout) -> str:
     return session.tokenizer.decode(rollout.response[:-1] if rollout.finished else rollout.response)
 
 
-def pack(session: Session, scored: ScoredRollouts, grpo: GRPO) -> TokenBatch:
-    """Rows of prompt and response with the loss on the response, the same number of micro-batches on every rank.
+def pack(session: Session, scored: ScoredRollouts) -> tuple[TokenBatch, int]:
+    """Rows with the loss on the responses, and how many of them make a micro-batch, with as many micro-batches on every
+    rank: trees of a prompt and its responses, or, without rl.pack, one response in each row.
 
-    With ``drop_zero_variance`` responses of groups without a signal cost neither compute nor denominator. Rows that
-    fill up the last micro-batch carry no loss.
+    With ``drop_zero_variance`` responses of groups without a signal cost neither compute nor denominator.
     """
-    size, settings = grpo.samples_per_group, session.settings
-    kept = range(len(scored.rollouts))
-    if grpo.drop_zero_variance:
+    groups = list(range(len(scored.rewards)))
+    if session.settings.grpo.drop_zero_variance:
         varied = (scored.rewards != scored.rewards[:, :1]).any(dim=1).tolist()
-        kept = [index for index in kept if varied[index // size]]
+        groups = [group for group in groups if varied[group]]
+    if session.settings.pack:
+        return packed_responses(session, [tree_of(scored, group) for group in groups])
+    return padded_responses(session, scored, groups), session.settings.micro_batch_size
+
+
+def tree_of(scored: ScoredRollouts, group: int) -> TokenTree:
+    """A prompt and its responses. The prompt's last token, from which their first is predicted, begins each of them."""
+    advantages = scored.advantages[group].tolist()
+    rollouts = scored.rollouts[group * len(advantages) : (group + 1) * len(advantages)]
+    prompt = rollouts[0].prompt
+    fork = len(prompt) - 1
+    branches = [
+        response_branch(fork, prompt[fork:], rollout.response, rollout.logprobs, advantage)
+        for rollout, advantage in zip(rollouts, advantages, strict=True)
+    ]
+    trunk = prompt[:fork] or prompt  # a trunk is at least a token, seen or not
+    return TokenTree(trunk, branches, [0.0] * len(trunk))
+
+
+def padded_responses(session: Session, scored: ScoredRollouts, groups: list[int]) -> TokenBatch:
+    """A prompt and a response in each row. Rows that fill up the last micro-batch carry no loss."""
+    size, settings = scored.rewards.shape[1], session.settings
+    kept = [group * size + sample for group in groups for sample in range(size)]
     rows = session.whole_rows(int(max_over_data_parallel(max(1, len(kept)))), settings.micro_batch_size)
     examples, advantages, logprobs = [], [], []
     for index in kept:

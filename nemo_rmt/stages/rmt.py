@@ -13,12 +13,13 @@ from torch import Tensor
 
 from nemo_rmt.config import RMT, TIERS, Rollout
 from nemo_rmt.data.batch import TokenBatch
-from nemo_rmt.data.tree import BRANCH_MASK, Branch, TokenTree, pack_trees, split_tree
+from nemo_rmt.data.tree import BRANCH_MASK, Branch, TokenTree
 from nemo_rmt.megatron.head import TokenScores
-from nemo_rmt.megatron.runtime import max_over_data_parallel, sum_over_data_parallel
+from nemo_rmt.megatron.runtime import sum_over_data_parallel
 from nemo_rmt.objectives import LossOutput, group_advantages, ntp_loss, rmt_loss, standard_deviation
+from nemo_rmt.profiling import part
 from nemo_rmt.stages.curriculum import Curriculum, Origin
-from nemo_rmt.stages.policy import attach, policy_loss
+from nemo_rmt.stages.policy import attach, packed_responses, policy_loss, response_branch
 from nemo_rmt.stages.pretrain import next_token
 from nemo_rmt.stages.reasoning import Answers, Question, ask, rewards_of, step_budget
 from nemo_rmt.stages.rollouts import Sampler, sampler
@@ -59,10 +60,11 @@ def run(session: Session) -> None:
     curriculum.skip(training.done)
     if not sampled:
         return next_tokens_only(session, training, curriculum)
-    size, temperature = settings.micro_batch_size, rollout.temperature
+    temperature = rollout.temperature
     with sampler(session, training) as sampling:
         for step, rounds in sampling.steps(lambda step: think(session, sampling, curriculum, step)):
-            batch, totals = pack(session, trees_of(rounds, settings))
+            with part("data"):
+                batch, size, totals = pack(session, trees_of(rounds, settings))
             if reference is not None:
                 attach(batch, "reference_logprobs", reference.score(batch, size, temperature=temperature))
             if settings.grpo.updates_per_rollout > 1:  # strictly on-policy, they are the policy's own
@@ -132,34 +134,19 @@ def think(session: Session, sampler: Sampler, curriculum: Curriculum, step: int)
     return all_rounds
 
 
-def pack(session: Session, trees: list[TokenTree]) -> tuple[TokenBatch, dict[str, int]]:
-    """This rank's trees in rows, as many micro-batches on every rank; with the step's counts over all ranks: ``rl`` and
-    ``ntp``, the two terms' normalisers, and ``tokens``, documents and branches together."""
-    settings, parallel = session.settings, session.recipe.parallel
-    pieces = [piece for tree in trees for piece in split_tree(tree, settings.sequence_length, "rmt.sequence_length")]
-    pieces.sort(key=len, reverse=True)
-    # A rank without any tree still takes part, with a row of padding.
-    pieces = pieces or [TokenTree([session.tokenizer.pad], [], [0.0])]
-    multiple = parallel.tensor if parallel.sequence else 1
-
-    def packed(rows: int) -> TokenBatch:
-        return pack_trees(
-            pieces, settings.sequence_length, session.tokenizer.pad, multiple, rows, "rmt.sequence_length"
-        )
-
-    rows = int(max_over_data_parallel(packed(1).tokens.shape[0]))
-    batch = packed(session.whole_rows(rows, settings.micro_batch_size)).narrowed(session.width_multiple)
-    for name in ("advantages", "rollout_logprobs"):  # what a rank without any branch lacks
-        batch.extras.setdefault(name, batch.loss_mask.new_zeros(batch.loss_mask.shape))
-    responses = sum(any(branch.mask) for piece in pieces for branch in piece.branches)
-    sampled = batch.extras[BRANCH_MASK].sum().item()
+def pack(session: Session, trees: list[TokenTree]) -> tuple[TokenBatch, int, dict[str, int]]:
+    """This rank's share of all ranks' trees in rows, how many of them make a micro-batch, and the step's counts over
+    all ranks: ``rl`` and ``ntp``, the two terms' normalisers, and ``tokens``, documents and branches together."""
+    batch, size = packed_responses(session, trees)
+    masks = [branch.mask for tree in trees for branch in tree.branches]
+    by_response = session.settings.grpo.normalize == "sequence"
     counts = {
-        "rl": responses if settings.grpo.normalize == "sequence" else sampled,
+        "rl": sum(any(mask) if by_response else sum(mask) for mask in masks),
         "ntp": batch.loss_mask.sum().item(),
-        "tokens": (batch.segment_ids >= 0).sum().item(),
+        "tokens": sum(tree.num_tokens for tree in trees),
     }
     totals = {name: int(value) for name, value in sum_over_data_parallel(counts).items()}
-    return batch.to(session.layout.device), totals
+    return batch, size, totals
 
 
 def trees_of(rounds: list[Round], settings: RMT) -> list[TokenTree]:
@@ -191,18 +178,10 @@ def branches_of(each: Round, index: int, position: int) -> list[Branch]:
     """The responses to one question, trained on behind their prompt."""
     samples = each.rewards.shape[1]
     rollouts = each.answers.rollouts[index * samples : (index + 1) * samples]
-    branches = []
-    for rollout, advantage in zip(rollouts, each.advantages[index].tolist(), strict=True):
-        asked = [0.0] * len(rollout.prompt)
-        branches.append(
-            Branch(
-                position,
-                [*rollout.prompt, *rollout.response],
-                [*asked, *[1.0] * len(rollout.response)],
-                {"advantages": advantage, "rollout_logprobs": [*asked, *rollout.logprobs]},
-            )
-        )
-    return branches
+    return [
+        response_branch(position, rollout.prompt, rollout.response, rollout.logprobs, advantage)
+        for rollout, advantage in zip(rollouts, each.advantages[index].tolist(), strict=True)
+    ]
 
 
 def dual_objective(
@@ -228,10 +207,11 @@ def next_tokens_only(session: Session, training: Training, curriculum: Curriculu
     """The baseline: next-token prediction on the documents RMT would have asked about."""
     settings = session.settings
     for step in training.steps():
-        asked = curriculum.draw(step)[0]
-        documents, questions, origins = curriculum.questions(asked, step, 0, settings.global_batch_size)
-        batch, totals = pack(session, [TokenTree(document, []) for document in documents])
-        metrics = training.model.train_step(batch.micro_batches(settings.micro_batch_size), next_token)
+        with part("data"):
+            asked = curriculum.draw(step)[0]
+            documents, questions, origins = curriculum.questions(asked, step, 0, settings.global_batch_size)
+            batch, size, totals = pack(session, [TokenTree(document, []) for document in documents])
+        metrics = training.model.train_step(batch.micro_batches(size), next_token)
         training.record(
             {**metrics, "ntp/loss": metrics["loss"]},
             tokens=totals["tokens"],

@@ -9,16 +9,18 @@ from torch import nn
 from nemo_rmt.compatibility import model_vocab_size, require_compatible
 from nemo_rmt.config import Recipe, Stage
 from nemo_rmt.data.batch import TokenBatch
+from nemo_rmt.data.packing import balanced, first_fit_decreasing, training_cost
 from nemo_rmt.data.seeds import derived_seed
 from nemo_rmt.data.tasks import TaskFamily, make_task
 from nemo_rmt.data.tokenizer import Tokenizer
+from nemo_rmt.data.tree import TokenTree, pack_trees, split_tree
 from nemo_rmt.errors import UserError
 from nemo_rmt.manifest import CheckpointInfo
 from nemo_rmt.megatron.checkpoint import load_weights, require_sound
 from nemo_rmt.megatron.datasets import TrainingRows, dataset_exists
 from nemo_rmt.megatron.model import build_model
-from nemo_rmt.megatron.runtime import Layout
-from nemo_rmt.megatron.train_step import ScoredModel
+from nemo_rmt.megatron.runtime import Layout, gather_over_data_parallel, max_over_data_parallel
+from nemo_rmt.megatron.train_step import FrozenModel
 from nemo_rmt.run_folder import write_json
 from nemo_rmt.stages.job import StageJob
 
@@ -107,14 +109,48 @@ class Session:
         key = f"{self.job.stage}.sequence_length"
         return TokenBatch.from_examples(examples, self.tokenizer.pad, width, key=key).to(self.layout.device)
 
-    def frozen_model(self, checkpoint: Path) -> ScoredModel:
-        """A model for forward passes only, in this run's layout."""
+    def packed_batch(self, trees: list[TokenTree]) -> tuple[TokenBatch, int]:
+        """This rank's share of all data-parallel ranks' trees in rows of the stage's sequence_length, on this device,
+        and how many of the rows make a micro-batch: as many micro-batches on every rank. Collective.
+
+        A tree longer than a row is split. The ranks' shares are about as much work. Raises UserError for a tree of
+        which a branch does not fit.
+        """
+        limit, key = self.settings.sequence_length, f"{self.job.stage}.sequence_length"
+        pieces = self._share([piece for tree in trees for piece in split_tree(tree, limit, key)])
+        # A rank without any tree still takes part, with padding.
+        pieces = pieces or [TokenTree([self.tokenizer.pad], [])]
+        rows = int(max_over_data_parallel(len(first_fit_decreasing([len(piece) for piece in pieces], limit))))
+        count, size = self.micro_batches(rows)
+        multiple = self.recipe.parallel.tensor if self.recipe.parallel.sequence else 1
+        batch = pack_trees(pieces, limit, self.tokenizer.pad, multiple, rows=count * size, key=key)
+        return batch.narrowed(self.width_multiple).to(self.layout.device), size
+
+    def micro_batches(self, rows: int) -> tuple[int, int]:
+        """How many micro-batches packed rows make, and of how many rows each: of the stage's micro_batch_size at most,
+        but not fewer than a pipeline has ranks, where there are as many rows, and with interleaving a multiple of
+        that."""
+        parallel = self.recipe.parallel
+        count = max(-(-rows // self.settings.micro_batch_size), min(rows, parallel.pipeline))
+        if parallel.virtual_pipeline:
+            count = -(-count // parallel.pipeline) * parallel.pipeline
+        return count, -(-rows // count)
+
+    def _share(self, trees: list[TokenTree]) -> list[TokenTree]:
+        """This rank's part of all ranks' trees, balanced by the FLOPs of training on them."""
+        layout = self.layout
+        if layout.data_size == 1:
+            return trees
+        trees = gather_over_data_parallel(trees)
+        costs = [training_cost(self.recipe.model, self.vocab_size, len(tree), tree.attended) for tree in trees]
+        return [trees[index] for index in balanced(costs, layout.data_size)[layout.data_rank]]
+
+    def frozen_model(self, checkpoint: Path, *, offload: bool = False) -> FrozenModel:
+        """A model for forward passes only, in this run's layout. offload: keep its weights in host memory meanwhile."""
         self.require_compatible(checkpoint)  # before time is spent on building it
         chunks = build_model(self.recipe.model, self.recipe.parallel, self.vocab_size)
         self.load_weights(checkpoint, chunks)
-        for chunk in chunks:
-            chunk.requires_grad_(False)
-        return ScoredModel(chunks, self.recipe.parallel)
+        return FrozenModel(chunks, self.recipe.parallel, offload=offload)
 
     def load_weights(self, checkpoint: Path, modules: list[nn.Module]) -> None:
         """Load another stage's weights. Raises UserError when the checkpoint does not fit this run, or is damaged."""

@@ -7,6 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nemo_rmt.data.batch import TokenBatch
+from nemo_rmt.data.packing import balanced, first_fit_decreasing
 from nemo_rmt.data.tree import Branch, TokenTree, pack_trees, split_tree
 from nemo_rmt.errors import UserError
 
@@ -35,13 +37,16 @@ def token_trees(draw, most_branches: int = 3) -> TokenTree:
 
 
 def cells(tree: TokenTree, start: int, segment: int, branches_before: int) -> list[dict]:
-    """What each token of a tree whose trunk begins in column ``start`` carries."""
+    """What each column of a tree whose trunk begins in column ``start`` carries."""
+    at_the_end = any(branch.position == len(tree.trunk) for branch in tree.branches)
     found = []
     parts = [(0, 0, tree.trunk, tree.mask or [1.0] * len(tree.trunk), {})]
     parts += [(branches_before + 1 + i, b.position, b.tokens, b.mask, b.extras) for i, b in enumerate(tree.branches)]
     for branch_id, position, tokens, mask, extras in parts:
         for index, token in enumerate(tokens):
             following = index + 1 if index + 1 < len(tokens) else None
+            if following is None and (branch_id or not at_the_end):
+                continue  # nothing is predicted from it
             counts = 0.0 if following is None else mask[following]
             cell = {
                 "tokens": token,
@@ -60,31 +65,43 @@ def cells(tree: TokenTree, start: int, segment: int, branches_before: int) -> li
     return found
 
 
-def plain_rows(trees: list[TokenTree], length: int) -> list[list[dict]]:
-    """First-fit."""
-    rows: list[list[dict]] = []
-    for tree in trees:
-        row = next((row for row in rows if len(row) + len(tree) <= length), None)
-        if row is None:
-            rows.append(row := [])
-        segment = row[-1]["segment_ids"] + 1 if row else 0
-        row += cells(tree, len(row), segment, max((cell["branch_ids"] for cell in row), default=0))
+def plain_rows(members: list[list[TokenTree]]) -> list[list[dict]]:
+    """What each column of rows of these trees carries."""
+    rows = []
+    for trees in members:
+        row, forked = [], 0
+        for segment, tree in enumerate(trees):
+            row += cells(tree, len(row), segment, forked)
+            forked += len(tree.branches)
+        rows.append(row)
     return rows
+
+
+def rows_of(trees: list[TokenTree], length: int, least: int) -> list[list[TokenTree]]:
+    """As few rows as first-fit-decreasing finds or ``least``, about equally full if they can be."""
+    lengths = [len(tree) for tree in trees]
+    rows = first_fit_decreasing(lengths, length)
+    rows += [[]] * (least - len(rows))
+    even = balanced(lengths, len(rows))
+    fit = all(sum(lengths[index] for index in row) <= length for row in even)
+    return [[trees[index] for index in row] for row in (even if fit else rows)]
 
 
 @given(st.lists(token_trees(), min_size=1, max_size=6), st.integers(0, 12), st.sampled_from([1, 4]), st.integers(1, 4))
 def test_every_token_lies_where_a_plain_packer_puts_it(trees, spare, multiple, least):
-    length = max(map(len, trees)) + spare
-    batch, rows = pack_trees(trees, length, PAD, multiple, rows=least), plain_rows(trees, length)
+    length = max(1, *map(len, trees)) + spare
+    batch, rows = pack_trees(trees, length, PAD, multiple, rows=least), plain_rows(rows_of(trees, length, least))
     width = -(-length // multiple) * multiple
     padding = dict.fromkeys((*FIELDS, *batch.extras), 0) | {"tokens": PAD, "labels": PAD, "segment_ids": -1}
-    rows += [[]] * (least - len(rows))
+    has_branches = any(tree.branches for tree in trees)
     for name in (*FIELDS, *batch.extras):
+        if name in ("branch_ids", "fork_columns") and not has_branches:
+            assert getattr(batch, name) is None
+            continue
         tensor = batch.extras[name] if name in batch.extras else getattr(batch, name)
         expected = [[cell.get(name, 0) for cell in row] + [padding[name]] * (width - len(row)) for row in rows]
         assert tensor.tolist() == expected, name
         assert tensor.dtype == (torch.float32 if "mask" in name or name in batch.extras else torch.int64), name
-    has_branches = any(tree.branches for tree in trees)
     assert set(batch.extras) == {"branch_mask", *(("advantages", "old_logprobs") if has_branches else ())}
 
 
@@ -96,25 +113,57 @@ def example() -> TokenTree:
 
 
 def test_an_example_by_hand():
-    batch = pack_trees([example()], 12, PAD)
-    assert batch.tokens.tolist() == [[1, 2, 3, 4, 11, 12, 13, 21, 22, 31, 32, PAD]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4, 2, 3, 4, 5, 0]]
-    assert batch.labels.tolist() == [[2, 3, 4, PAD, 12, 13, PAD, 22, PAD, 32, PAD, PAD]]
-    assert batch.loss_mask.tolist() == [[1, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]]
-    assert batch.extras["branch_mask"].tolist() == [[0, 0, 0, 0, 0, 1, 0, 1, 0, 1, 0, 0]]
-    assert batch.extras["advantages"].tolist() == [[0, 0, 0, 0, 0.5, 0.5, 0, -1, 0, 2, 0, 0]]
-    assert batch.branch_ids.tolist() == [[0, 0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 0]]
-    assert batch.fork_columns.tolist() == [[0, 0, 0, 0, 2, 2, 2, 2, 2, 4, 4, 0]]
+    batch = pack_trees([example()], 9, PAD)
+    assert batch.tokens.tolist() == [[1, 2, 3, 4, 11, 12, 21, 31, PAD]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 2, 4, 0]]
+    assert batch.labels.tolist() == [[2, 3, 4, PAD, 12, 13, 22, 32, PAD]]
+    assert batch.loss_mask.tolist() == [[1, 0, 1, 0, 0, 0, 0, 0, 0]]
+    assert batch.extras["branch_mask"].tolist() == [[0, 0, 0, 0, 0, 1, 1, 1, 0]]
+    assert batch.extras["advantages"].tolist() == [[0, 0, 0, 0, 0.5, 0.5, -1, 2, 0]]
+    assert batch.branch_ids.tolist() == [[0, 0, 0, 0, 1, 1, 2, 3, 0]]
+    assert batch.fork_columns.tolist() == [[0, 0, 0, 0, 2, 2, 2, 4, 0]]
     assert batch.num_tokens() == 2
+
+
+def test_the_last_token_of_a_trunk_that_nothing_forks_behind_is_a_label_only():
+    batch = pack_trees([TokenTree([1, 2, 3], [Branch(2, [7, 8], [0, 1])], [0, 0, 1])], None, PAD)
+    assert batch.tokens.tolist() == [[1, 2, 7]] and batch.labels.tolist() == [[2, 3, 8]]
+    assert batch.loss_mask.tolist() == [[0, 1, 0]] and batch.extras["branch_mask"].tolist() == [[0, 0, 1]]
+
+
+@given(st.lists(st.lists(st.integers(0, 50), min_size=2, max_size=9), min_size=1, max_size=8))
+def test_sequences_without_branches_are_rows_of_examples_put_together(sequences):
+    masks = [[float(token % 2) for token in sequence] for sequence in sequences]
+    packed = pack_trees([TokenTree(*pair[:1], [], pair[1]) for pair in zip(sequences, masks, strict=True)], 9, PAD)
+    alone = TokenBatch.from_examples(list(zip(sequences, masks, strict=True)), PAD, 9)
+
+    def told(batch: TokenBatch) -> list:
+        """Of every sequence the columns, the shortest first."""
+        found = []
+        for row in range(len(batch.tokens)):
+            for segment in range(int(batch.segment_ids[row].max()) + 1):
+                own = batch.segment_ids[row] == segment
+                fields = (batch.tokens, batch.labels, batch.loss_mask, batch.position_ids)
+                found.append([tensor[row][own].tolist() for tensor in fields])
+        return sorted(found)
+
+    assert told(packed) == told(alone) and packed.branch_ids is None
+
+
+@given(token_trees())
+def test_a_trees_pairs_are_those_its_columns_see(tree):
+    batch = pack_trees([tree], max(1, len(tree)), PAD)
+    seen = batch.position_ids + 1  # a token sees all that precedes it in the sequence it stands for, and itself
+    assert tree.attended == int(seen[batch.segment_ids == 0].sum())
 
 
 def test_rows_are_as_long_as_the_longest_tree_when_no_length_is_given():
     short = TokenTree([1, 2], [])
-    assert pack_trees([short, example()], None, PAD, multiple=4).tokens.shape == (2, 12)
+    assert pack_trees([short, example()], None, PAD, multiple=4).tokens.shape == (2, 8)
 
 
 def test_trees_survive_micro_batches_selection_and_moves():
-    batch = pack_trees([example(), TokenTree([5, 6, 7], []), example()], 11, PAD, rows=4)
+    batch = pack_trees([example(), TokenTree([5, 6, 7], []), example()], 10, PAD, rows=4)
     for part, rows in [*zip(batch.micro_batches(2), ([0, 1], [2, 3]), strict=True), (batch.select([2, 0]), [2, 0])]:
         for name in FIELDS:
             assert torch.equal(getattr(part.to("cpu"), name), getattr(batch, name)[rows])
@@ -122,13 +171,15 @@ def test_trees_survive_micro_batches_selection_and_moves():
 
 
 def test_a_tree_that_does_not_fit_names_the_key_to_raise():
-    with pytest.raises(UserError, match="a tree of 11 tokens .* 4 and 3 branches. does not fit into 10: raise rmt.seq"):
-        pack_trees([TokenTree([1], []), example()], 10, PAD, key="rmt.sequence_length")
+    with pytest.raises(
+        UserError, match="a tree of 11 tokens .* 4 and 3 branches. does not fit into 7: raise rmt.seq.* 8"
+    ):
+        pack_trees([TokenTree([1], []), example()], 7, PAD, key="rmt.sequence_length")
 
 
 @given(token_trees(most_branches=8), st.integers(0, 8))
 def test_the_parts_of_a_tree_train_the_same_and_fit(tree, spare):
-    length = len(tree.trunk) + max((len(branch.tokens) for branch in tree.branches), default=0) + spare
+    length = tree.trunk_columns + max((branch.columns for branch in tree.branches), default=0) + spare
     parts = split_tree(tree, length)
     assert all(len(part) <= length for part in parts)
     assert [id(branch) for part in parts for branch in part.branches] == [id(branch) for branch in tree.branches]
@@ -136,33 +187,34 @@ def test_the_parts_of_a_tree_train_the_same_and_fit(tree, spare):
     for part in parts[1:]:
         assert part.trunk == tree.trunk[: max(1, *(branch.position for branch in part.branches))]
         assert part.mask == [0.0] * len(part.trunk)
-    for part, following in zip(parts, parts[1:], strict=False):  # no tree that has room is left
-        branch = following.branches[0]
-        trunk = max(len(part.trunk), branch.position)
-        assert trunk + sum(len(each.tokens) for each in [*part.branches, branch]) > length
+    for index, (part, following) in enumerate(zip(parts, parts[1:], strict=False)):  # no tree that has room is left
+        branches = [*part.branches, following.branches[0]]
+        trunk = max(0 if index else len(tree.trunk) - 1, *(branch.position for branch in branches))
+        assert trunk + sum(branch.columns for branch in branches) > length
 
 
 def test_a_tree_that_fits_is_not_split():
     tree = example()
-    assert split_tree(tree, 11) == [tree] and split_tree(tree, 11)[0] is tree
+    assert split_tree(tree, 8) == [tree] and split_tree(tree, 8)[0] is tree
 
 
 def test_a_split_example_by_hand():
-    first, second, third = split_tree(example(), 7, key="rmt.sequence_length")
-    assert ([branch.tokens for branch in first.branches], first.mask) == ([[11, 12, 13]], [1, 1, 0, 1])
-    assert (second.trunk, [branch.tokens for branch in second.branches]) == ([1, 2], [[21, 22]])
-    assert (third.trunk, [branch.tokens for branch in third.branches]) == ([1, 2, 3, 4], [[31, 32]])
-    at_the_beginning = TokenTree([1, 2], [Branch(0, [5, 6], [0, 1]) for _ in range(3)])
-    assert [part.trunk for part in split_tree(at_the_beginning, 4)] == [[1, 2], [1], [1]]
+    first, second = split_tree(example(), 6, key="rmt.sequence_length")
+    assert ([branch.tokens for branch in first.branches], first.mask) == ([[11, 12, 13], [21, 22]], [1, 1, 0, 1])
+    assert (second.trunk, [branch.tokens for branch in second.branches]) == ([1, 2, 3, 4], [[31, 32]])
+    assert second.mask == [0, 0, 0, 0]
+    at_the_beginning = TokenTree([1, 2, 3], [Branch(0, [5, 6], [0, 1]) for _ in range(6)])
+    assert [(part.trunk, len(part.branches)) for part in split_tree(at_the_beginning, 3)] == [
+        ([1, 2, 3], 1), ([1], 3), ([1], 2)]  # fmt: skip
 
 
 def test_a_trunk_and_a_branch_that_do_not_fit_name_the_key_to_raise():
     with pytest.raises(
-        UserError, match="a trunk of 4 tokens and a branch of 3 do not fit into 6: raise rmt.seq.* 7, or"
+        UserError, match="a trunk of 4 tokens and a branch of 3 do not fit into 5: raise rmt.seq.* 6, or"
     ):
-        split_tree(example(), 6, key="rmt.sequence_length")
-    with pytest.raises(UserError, match="a trunk of 3 tokens"):
-        split_tree(TokenTree([1, 2, 3], []), 2)
+        split_tree(example(), 5, key="rmt.sequence_length")
+    with pytest.raises(UserError, match="a sequence of 4 tokens does not fit into 2: .* at least 3"):
+        split_tree(TokenTree([1, 2, 3, 4], []), 2)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,8 @@ def test_attention_in_blocks_equals_attention_under_a_dense_mask(structure, coun
 
 def test_keys_that_no_query_of_a_block_sees_are_not_touched():
     one = QUERY_BLOCK
-    tree = TokenTree([1] * one, [Branch(one // 2, [1] * one, [0.0] * one) for _ in range(3)])
+    longer = [1] * (one + 1)  # the last token is a label only
+    tree = TokenTree(longer, [Branch(one // 2, longer, [0.0] * len(longer)) for _ in range(3)])
     structure = structure_of(pack_trees([tree], None, pad=0))
     query, key, value = (tensor.detach() for tensor in heads(structure, 2, 2))
     for tensor in (key, value):

@@ -30,7 +30,9 @@ def test_every_token_sees_what_it_would_see_in_a_sequence_of_its_own(seed):
     mask = tree_mask(batch.segment_ids, batch.branch_ids, batch.fork_columns)[0, 0]
     column = 0
     for tree in trees:
-        for prefix, tokens in [([], tree.trunk), *((tree.trunk[: b.position], b.tokens) for b in tree.branches)]:
+        # the last token of a branch is a label only
+        read = tree.trunk[: tree.trunk_columns]
+        for prefix, tokens in [([], read), *((tree.trunk[: b.position], b.tokens[:-1]) for b in tree.branches)]:
             for index in range(len(tokens)):
                 seen = mask[column].nonzero()[:, 0]
                 assert batch.tokens[0, seen].tolist() == [*prefix, *tokens[: index + 1]]

@@ -22,7 +22,15 @@ from nemo_rmt.tracking import read_metrics
 
 SCRIPTS = ROOT / "slurm"
 TRAINING = ("pretrain", "anneal", "rmt", "sft", "rl")
-TIMINGS = {"time", "wall_s", "train/tokens_per_s", "train/step_s", "rollout/wait_s"}
+TIMINGS = {
+    "time",
+    "wall_s",
+    "train/tokens_per_s",
+    "train/step_s",
+    "train/model_tflops_per_s",
+    "rollout/wait_s",
+    "rollout/tokens_per_s",
+}
 """What depends on the clock, not on the computation."""
 TP2 = "parallel.tensor=2"
 STEPS = 8

@@ -130,7 +130,7 @@ def test_without_next_token_prediction_documents_end_at_their_last_branch(sessio
 @pytest.mark.parametrize("normalize", ["token", "sequence"])
 def test_the_counts_of_a_step_are_those_of_its_masks(session, normalize, monkeypatch):
     monkeypatch.setattr(session.recipe.rmt.grpo, "normalize", normalize)
-    batch, totals = pack(session, trees_of([answered(ALL_VARY)], session.settings))
+    batch, _, totals = pack(session, trees_of([answered(ALL_VARY)], session.settings))
     lengths = [2, 3, 4, 5, 6, 7]
     assert totals["rl"] == (sum(lengths) if normalize == "token" else 6)
     # a document's first token is not predicted, and three tokens are asked for
@@ -141,8 +141,9 @@ def test_the_counts_of_a_step_are_those_of_its_masks(session, normalize, monkeyp
 
 
 def test_a_rank_without_documents_still_has_a_micro_batch(session):
-    batch, totals = pack(session, [])
-    assert batch.tokens.shape[0] == 2 and totals["rl"] == totals["ntp"] == 0
+    batch, size, totals = pack(session, [])
+    assert batch.tokens.shape[0] == size == 1 and totals["rl"] == totals["ntp"] == 0
+    assert not batch.branch_ids.any()
     assert set(batch.extras) == {"advantages", "rollout_logprobs", BRANCH_MASK}
 
 
@@ -150,7 +151,7 @@ def test_a_document_with_more_branches_than_a_row_holds_is_computed_again_withou
     monkeypatch.setattr(session.recipe.rmt, "sequence_length", 16)
     trees = trees_of([answered(ALL_VARY)], session.settings)
     assert max(map(len, trees)) > 16
-    batch, totals = pack(session, trees)
+    batch, _, totals = pack(session, trees)
     assert batch.tokens.shape[1] <= 16
     assert totals["ntp"] == (6 - 1) + (4 - 1) - 3 and totals["rl"] == 2 + 3 + 4 + 5 + 6 + 7
 
@@ -168,7 +169,7 @@ def gradients(run, recipe, batch: TokenBatch, objective) -> tuple[dict[str, torc
 
 def test_the_next_token_term_is_that_of_plain_next_token_prediction_on_the_same_mask(run, recipe, session):
     """With all advantages 0 the policy's gradient vanishes, and λ times plain next-token prediction's is left."""
-    batch, totals = pack(session, trees_of([answered(ALL_VARY)], session.settings))
+    batch, _, totals = pack(session, trees_of([answered(ALL_VARY)], session.settings))
     batch.extras["advantages"].zero_()
     dual, metrics = gradients(run, recipe, batch, dual_objective(session.settings, recipe.rollout, totals))
     plain, expected = gradients(run, recipe, batch, next_token)
@@ -181,7 +182,7 @@ def test_the_next_token_term_is_that_of_plain_next_token_prediction_on_the_same_
 def test_the_policy_term_does_not_depend_on_how_many_document_tokens_there_are(run, recipe, session):
     alone = session.settings.model_copy(update={"ntp_coefficient": 0.0})
     trees = trees_of([answered(ALL_VARY)], session.settings)
-    batch, totals = pack(session, trees)
+    batch, _, totals = pack(session, trees)
     long, _ = gradients(run, recipe, batch, dual_objective(alone, recipe.rollout, totals))
     batch.loss_mask[:, 1:] = 0
     fewer = {**totals, "ntp": int(batch.loss_mask.sum())}
@@ -223,7 +224,14 @@ def test_the_stage_follows_its_budget_and_schedule_and_logs_the_samplers_error(r
 
 
 def test_a_stage_killed_between_rollout_and_update_ends_with_the_same_numbers(run, monkeypatch):
-    timings = {"time", "train/tokens_per_s", "train/step_s", "rollout/wait_s"}
+    timings = {
+        "time",
+        "train/tokens_per_s",
+        "train/step_s",
+        "train/model_tflops_per_s",
+        "rollout/wait_s",
+        "rollout/tokens_per_s",
+    }
     changes = {"checkpoint_interval": 2, "resample_rounds": 1}
     undisturbed = read_metrics(run("undisturbed", **changes) / "metrics.jsonl")
     update, calls = TrainedModel.train_step, []
