@@ -9,14 +9,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from nemo_rmt.config import Recipe
+from nemo_rmt.config import CachedReference, Recipe
 from nemo_rmt.recipe_io import changed_keys, describe_change
 
 MAY_CHANGE = (
     "name", "run_dir", "iterations", "cluster.*", "tracking.*", "parallel.tensor", "parallel.pipeline",
     "parallel.virtual_pipeline", "parallel.context", "parallel.sequence", "parallel.overlap", "parallel.recompute",
     "flywheel.keep_checkpoints", "flywheel.async_save", "flywheel.restarts", "*.checkpoint_interval",
-    "*.micro_batch_size", "*.optim.max_skipped",
+    "*.micro_batch_size", "*.optim.max_skipped", "anneal.remit.offload",
     "model.logprob_chunk", "rollout.mismatch_*", "rollout.vllm.*", "evaluate.lm_eval.*",
 )  # fmt: skip
 """Keys that do not decide a run's results: another start of the same run may give them other values."""
@@ -35,7 +35,8 @@ class StageRef:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage and its inputs by role: another stage of the chain, or a checkpoint folder from outside."""
+    """A stage and its inputs by role: another stage of the chain, or from outside a checkpoint folder or a cache of
+    log-probabilities, which have a manifest.json each."""
 
     ref: StageRef
     inputs: dict[str, StageRef | Path] = field(default_factory=dict)
@@ -47,8 +48,8 @@ def plan_chain(recipe: Recipe) -> list[PlannedStage]:
     """Every stage of every iteration in the order they run.
 
     Iteration 0 builds the data, pre-trains (unless pretrain.checkpoint is given) and anneals uniformly,
-    because there is no RL model yet (unless remit.reference is a checkpoint). Later iterations anneal the
-    pre-training checkpoint afresh, or the last base (flywheel.start_from: previous). Stages that are not
+    because there is no RL model yet (unless remit.reference is a checkpoint or a cache). Later iterations anneal
+    the pre-training checkpoint afresh, or the last base (flywheel.start_from: previous). Stages that are not
     enabled are left out: the next one starts from what the last one before it made.
     """
     data = StageRef(0, "data")
@@ -74,11 +75,8 @@ def plan_chain(recipe: Recipe) -> list[PlannedStage]:
             if stage == "anneal":
                 note = "uniform"
                 if recipe.anneal.objective == "remit":
-                    reference = _reference(recipe, iteration)
-                    if reference is None:
-                        note = "uniform: no RL model yet"
-                    else:
-                        inputs["reference"], note = reference, "remit"
+                    source, note = _reference(recipe, iteration)
+                    inputs |= source
             latest = measured[stage] = StageRef(iteration, stage)
             if stage in ("anneal", "rmt"):
                 base = latest
@@ -87,12 +85,14 @@ def plan_chain(recipe: Recipe) -> list[PlannedStage]:
     return chain
 
 
-def _reference(recipe: Recipe, iteration: int) -> StageRef | Path | None:
-    """The RL model that weights an anneal's tokens, None when there is none yet."""
+def _reference(recipe: Recipe, iteration: int) -> tuple[dict[str, StageRef | Path], str]:
+    """What weights an anneal's tokens, by role, and the note that says so: nothing when there is no RL model yet."""
     reference = recipe.anneal.remit.reference
+    if isinstance(reference, CachedReference):
+        return {"cache": Path(reference.cache).absolute()}, "remit (cached)"
     if reference != "previous":
-        return Path(reference).absolute()
-    return StageRef(iteration - 1, "rl") if iteration else None
+        return {"reference": Path(reference).absolute()}, "remit"
+    return ({"reference": StageRef(iteration - 1, "rl")}, "remit") if iteration else ({}, "uniform: no RL model yet")
 
 
 def fixed_differences(a: Recipe, b: Recipe) -> list[str]:

@@ -12,12 +12,15 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from nemo_rmt import __version__
 from nemo_rmt.config import Recipe
 from nemo_rmt.errors import UserError
 from nemo_rmt.exit_codes import FAILED, WRONG_INPUT
+
+if TYPE_CHECKING:
+    from nemo_rmt.scoring import Scoring
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,6 +51,12 @@ class Starter:
 
         return run_stage_file(path)
 
+    def run_scoring(self, recipe: Recipe, scoring: Scoring) -> int:
+        """A cache of log-probabilities."""
+        from nemo_rmt.scoring import run_scoring
+
+        return run_scoring(recipe, scoring)
+
 
 def main(argv: list[str] | None = None, starter: Starter | None = None) -> int:
     """Run one command and return its exit code. ``starter``: what starts its stages, if it has any."""
@@ -73,22 +82,37 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
     flywheel = _command(commands, "flywheel", _flywheel, "run, or continue, every stage of a recipe")
     flywheel.add_argument("--dry-run", action="store_true", help="print the resolved chain, check it, start nothing")
+    _may_profile(flywheel)
 
     stage = _command(
         commands, "stage", _stage, "run one stage of a recipe whose inputs are done, or a saved stage.yaml alone"
     )
     stage.usage = (
-        "nemo-rmt stage NAME [RECIPE] [--iteration K] [--yaml FILE]... [key=value]...\n       nemo-rmt stage STAGE.yaml"
+        "nemo-rmt stage NAME [RECIPE] [--iteration K] [--profile] [--yaml FILE]... [key=value]...\n"
+        "       nemo-rmt stage STAGE.yaml"
     )
     stage.add_argument("--iteration", type=int, default=0, metavar="K", help="turn of the flywheel, from 0 (default)")
+    _may_profile(stage)
 
-    data = _command(commands, "data", _data, "build a recipe's tokenizer and token files, downloading what it names")
-    data.usage = "nemo-rmt data build [RECIPE] [--yaml FILE]... [key=value]..."
+    data = _command(
+        commands,
+        "data",
+        _data,
+        "build a recipe's tokenizer and token files, downloading what it names, or score them with a model for ReMiT",
+    )
+    data.usage = (
+        "nemo-rmt data build [RECIPE] [--yaml FILE]... [key=value]...\n"
+        "       nemo-rmt data score [RECIPE] checkpoint=MODEL cache=FOLDER [sequence_length=N] [--yaml FILE]... "
+        "[key=value]...\n"
+        "       checkpoint: a checkpoint or a Hugging Face folder; cache: new, or one that was begun with the same;\n"
+        "       sequence_length: most tokens of a document that the model sees at once (anneal.sequence_length)"
+    )
 
     evaluate = _command(commands, "evaluate", _evaluate, "measure an iteration's models (its evaluate stage)")
     evaluate.add_argument(
         "--iteration", type=int, default=None, metavar="K", help="turn of the flywheel (default: the last)"
     )
+    _may_profile(evaluate)
 
     _command(commands, "plan", _plan, "check a recipe against a cluster: layout, memory, time, data; starts nothing")
 
@@ -137,6 +161,13 @@ def _command(commands: argparse._SubParsersAction, name: str, run: object, text:
     return parser
 
 
+def _may_profile(parser: argparse.ArgumentParser) -> None:
+    """Give a command that starts stages the option to profile them."""
+    parser.add_argument(
+        "--profile", action="store_true", help="write where each stage's time goes (tracking.profile=true)"
+    )
+
+
 def _recipe(args: argparse.Namespace, items: list[str]) -> Recipe:
     """The recipe that a command's words describe: at most one name, then overrides."""
     from nemo_rmt.recipe_io import load_recipe
@@ -146,7 +177,10 @@ def _recipe(args: argparse.Namespace, items: list[str]) -> Recipe:
         raise UserError(f"one recipe expected, got {', '.join(names)}; overrides have the form key=value")
     if not names and not args.yaml:
         raise UserError(f"name a recipe (nemo-rmt {args.command} tiny) or give --yaml FILE; see nemo-rmt recipes list")
-    return load_recipe(names[0] if names else None, args.yaml, [item for item in items if "=" in item])
+    overrides = [item for item in items if "=" in item]
+    if getattr(args, "profile", False):
+        overrides.append("tracking.profile=true")
+    return load_recipe(names[0] if names else None, args.yaml, overrides)
 
 
 def _flywheel(args: argparse.Namespace) -> int:
@@ -160,6 +194,8 @@ def _stage(args: argparse.Namespace) -> int:
     if first.endswith((".yaml", ".yml")):
         if items or args.yaml:
             raise UserError(f"{first} is complete: it takes no recipe and no overrides")
+        if args.profile:
+            raise UserError(f"{first} is complete: instead of --profile set tracking.profile: true in its recipe")
         return args.starter.run_stage_file(Path(first))
     return args.starter.run_one_stage(_recipe(args, items), first, args.iteration)
 
@@ -167,10 +203,23 @@ def _stage(args: argparse.Namespace) -> int:
 def _data(args: argparse.Namespace) -> int:
     from nemo_rmt.data.tables import DOWNLOAD_VARIABLE
 
+    if args.items[:1] == ["score"]:
+        return _score(args, args.items[1:])
     if args.items[:1] != ["build"]:
-        raise UserError(f"data takes build, got {' '.join(args.items) or 'nothing'}: nemo-rmt data build tiny")
+        raise UserError(f"data takes build or score, got {' '.join(args.items) or 'nothing'}: nemo-rmt data build tiny")
     os.environ[DOWNLOAD_VARIABLE] = "1"  # the stage's process inherits it
     return args.starter.run_one_stage(_recipe(args, args.items[1:]), "data", 0, download=True)
+
+
+def _score(args: argparse.Namespace, items: list[str]) -> int:
+    from nemo_rmt.scoring import Scoring
+
+    own = ("checkpoint", "cache", "sequence_length")
+    given = dict(item.split("=", 1) for item in items if item.split("=", 1)[0] in own and "=" in item)
+    if missing := [key for key in own[:2] if not given.get(key)]:
+        raise UserError(f"data score needs {missing[0]}=FOLDER (see nemo-rmt data --help)")
+    recipe = _recipe(args, [item for item in items if item.split("=", 1)[0] not in given])
+    return args.starter.run_scoring(recipe, Scoring.of(recipe, **given))
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -155,6 +155,8 @@ class FlywheelRun:
                 return STOPPED
             if status := self.run_stage(planned):
                 return status
+            if planned.ref.stage == "data":  # what else is from outside has been looked at before
+                preflight.check_reference(self.recipe, self.folder(planned.ref))
         return DONE
 
     def run_only(self, ref: StageRef) -> int:
@@ -197,7 +199,7 @@ class FlywheelRun:
         return all(map(self.is_done, sources)) and record.inputs == self.input_ids(self.chain[ref])
 
     def input_ids(self, planned: PlannedStage) -> dict[str, str]:
-        """Identity of each input by role: the stage's present run, or a digest of an outside checkpoint."""
+        """Identity of each input by role: the stage's present run, or a digest of an outside folder's manifest."""
         ids = {}
         for role, source in planned.inputs.items():
             if isinstance(source, StageRef):
@@ -302,7 +304,7 @@ class FlywheelRun:
             else:
                 inputs[role] = self.checkpoint(source)
         recipe = self.recipe
-        if ref.stage == "anneal" and "reference" not in inputs:
+        if ref.stage == "anneal" and not inputs.keys() & {"reference", "cache"}:
             # Iteration 0 has no RL model yet. Its stage.yaml says so: without a reference ReMiT is refused.
             recipe = recipe.model_copy(update={"anneal": recipe.anneal.model_copy(update={"objective": "uniform"})})
         return StageJob(stage=ref.stage, iteration=ref.iteration, inputs=inputs, recipe=recipe)

@@ -12,10 +12,13 @@ from nemo_rmt.exit_codes import DONE, FAILED, STOPPED, WRONG_INPUT
 from nemo_rmt.launch.meeting import Meeting
 from nemo_rmt.launch.node import take_part
 from nemo_rmt.launch.ranks import worker_command
-from nemo_rmt.launch.stage import run_alone, run_stage
+from nemo_rmt.launch.stage import Outcome, run_alone, run_stage
 from nemo_rmt.manifest import inspect_checkpoint
 from nemo_rmt.run_folder import RunFolder
 from nemo_rmt.stages.job import StageJob
+
+NO_CHECKPOINT = ("data", "cache", "published")
+"""Roles of inputs that are no checkpoints; the stage itself sees whether they are whole."""
 
 
 def run_stage_file(path: Path) -> int:
@@ -30,7 +33,7 @@ def run_stage_file(path: Path) -> int:
         source = job.input_folder(folder, role)
         if not source.is_dir():
             raise UserError(f"{path}: its input {role}={job.inputs[role]} is not there: {source}")
-        if role != "data":
+        if role not in NO_CHECKPOINT:
             inspect_checkpoint(source)
     if (folder / "result.json").exists():
         raise UserError(
@@ -42,9 +45,14 @@ def run_stage_file(path: Path) -> int:
     def lead(meeting: Meeting) -> int:
         with run.lock() as lock:
             outcome = start(path.resolve(), recipe, worker_command, meeting, lock)
-        if outcome.status not in (DONE, STOPPED):
-            print(f"nemo-rmt: {path} failed: {outcome.reason}", file=sys.stderr)
-        return outcome.status if outcome.status in (DONE, STOPPED, WRONG_INPUT) else FAILED
+        return exit_status(outcome, str(path))
 
     check = functools.partial(preflight.check_machine, recipe)
     return take_part(run.path, recipe, worker_command, lead=lead, check=check, anywhere=job.stage == "data")
+
+
+def exit_status(outcome: Outcome, name: str) -> int:
+    """The exit status for how a stage's ranks ended, after saying why they failed. name: of the stage."""
+    if outcome.status not in (DONE, STOPPED):
+        print(f"nemo-rmt: {name} failed: {outcome.reason}", file=sys.stderr)
+    return outcome.status if outcome.status in (DONE, STOPPED, WRONG_INPUT) else FAILED

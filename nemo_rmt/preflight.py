@@ -15,6 +15,7 @@ from nemo_rmt.plan.inputs import input_checks, tokenizer_size
 from nemo_rmt.plan.parameters import parameter_count
 from nemo_rmt.process import gpu_count
 from nemo_rmt.recipe_io import load_recipe
+from nemo_rmt.reference_cache import cached_reference, open_reference, require_fitting
 from nemo_rmt.run_folder import RunFolder, State, check_space, check_writable
 from nemo_rmt.stages.lm_eval.tasks import require_installed
 
@@ -43,8 +44,16 @@ def check(recipe: Recipe, run: RunFolder, *, download: bool = False, here: bool 
     for each in input_checks(recipe, data_built=built, download=download):
         if not download or not each.of_training:
             each.run()
+    if built and not download:
+        check_reference(recipe, run.stage_dir(0, "data"))
     check_writable(run.path)
     check_space(run.path, space_needed(recipe, run, tokenizer_size(recipe)))
+
+
+def check_reference(recipe: Recipe, data: Path) -> None:
+    """Raise UserError when ReMiT is to read a cache that is not of what the data stage made in ``data``."""
+    if (reference := cached_reference(recipe)) is not None:
+        require_fitting(open_reference(recipe, Path(reference.cache)), recipe, reference, data)
 
 
 def check_state(recipe: Recipe, run: RunFolder) -> State | None:

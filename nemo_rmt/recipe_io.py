@@ -12,6 +12,7 @@ import json
 import re
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def validate(kind: type[Section], values: Any) -> Any:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise UserError("; ".join(_describe(each) for each in error.errors())) from None
+        raise UserError("; ".join(map(_describe, _meant(error.errors(), kind, values)))) from None
 
 
 def recipe_differences(a: Recipe, b: Recipe) -> list[str]:
@@ -78,7 +79,7 @@ def describe_change(key: str, old: Any, new: Any) -> str:
 def changed_keys(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
     """(dotted key, value in a, value in b) for each key that differs; a list of another length counts as one key."""
 
-    def walk(key: str, old: Any, new: Any) -> typing.Iterator[tuple[str, Any, Any]]:
+    def walk(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
         if isinstance(old, dict) and isinstance(new, dict):
             for name in [*old, *(each for each in new if each not in old)]:
                 yield from walk(f"{key}.{name}" if key else str(name), old.get(name), new.get(name))
@@ -109,6 +110,9 @@ def known_keys(kind: type[Section] = Recipe, prefix: str = "") -> list[str]:
 
 
 def _section(annotation: Any) -> type[Section] | None:
+    """The section that a key holds, always or as one of several alternatives."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return next(filter(None, map(_section, typing.get_args(annotation))), None)
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
@@ -159,11 +163,13 @@ def _merge(target: dict[str, Any], changes: dict[str, Any], kind: type[Section],
 
 def _converted(current: Any, value: Any, annotation: Any, path: tuple[str, ...]) -> Any:
     """The value a key gets: mappings merged into what is there, keys inside lists checked, the rest as given."""
-    if section := _section(annotation):
-        if not isinstance(value, dict):
-            raise UserError(f"{'.'.join(path)}={_short(value)}: expected a mapping of keys")
-        _merge(current, value, section, path)
-        return current
+    section = _section(annotation)
+    if section and isinstance(value, dict):
+        merged = current if isinstance(current, dict) else {}  # it was another alternative, such as text
+        _merge(merged, value, section, path)
+        return merged
+    if section is annotation:
+        raise UserError(f"{'.'.join(path)}={_short(value)}: expected a mapping of keys")
     if item := _item_section(annotation):
         for index, entry in enumerate(value if isinstance(value, list) else []):
             if isinstance(entry, dict):
@@ -226,8 +232,9 @@ def _locate(values: dict[str, Any], path: tuple[str, ...]) -> tuple[Any, Any, An
             raise _unknown(path)
         if depth == len(path) - 1:
             return container, name, inner
-        if container.get(name) is None if isinstance(container, dict) else container[name] is None:
-            container[name] = {}  # options below a key that was null
+        below = container.get(name) if isinstance(container, dict) else container[name]
+        if below is None or (isinstance(below, str) and _section(inner)):
+            container[name] = {}  # options below a key that was null, or the name of something
         container, annotation = container[name], inner
         if isinstance(container, tuple):
             raise UserError(
@@ -255,7 +262,8 @@ def _parsed(text: str, annotation: Any, key: str) -> Any:
         if textual:
             return text
         raise UserError(f"{key}={text}: not a valid YAML value: {' '.join(str(error).split())}") from error
-    return value if value is None or isinstance(value, str) or not textual else text
+    structured = isinstance(value, dict) and _section(annotation)
+    return value if value is None or isinstance(value, str) or structured or not textual else text
 
 
 def _scaled(current: Any, operator: str, text: str, key: str) -> float | int:
@@ -267,6 +275,25 @@ def _scaled(current: Any, operator: str, text: str, key: str) -> float | int:
     result = current * number if operator == "*" else current + number
     whole = round(result)
     return whole if isinstance(current, int) and abs(result - whole) < 1e-9 * max(1.0, abs(result)) else result
+
+
+def _meant(errors: list[Any], kind: type[Section], values: Any) -> Iterator[dict[str, Any]]:
+    """pydantic's errors at their keys. Where a key takes text or a section, pydantic tells what is wrong with the value
+    as either, with the alternative's name in the key: a mapping is meant as a section, all else as text."""
+    for error in errors:
+        annotation, value, key = kind, values, []
+        for part in error["loc"]:
+            section = _section(annotation)
+            if section not in (None, annotation):
+                annotation = section if isinstance(value, dict) else str
+                if part != annotation.__name__:
+                    break
+                continue
+            key.append(part)
+            annotation = section.model_fields[part].annotation if section and part in section.model_fields else None
+            value = value.get(part) if isinstance(value, dict) else None
+        else:
+            yield {**error, "loc": tuple(key)}
 
 
 def _describe(error: Any) -> str:

@@ -194,8 +194,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def check_writable(path: Path) -> None:
-    """Raise UserError unless files can be written at ``path``, which need not exist; leaves nothing behind."""
+def check_writable(path: Path, key: str = "run_dir") -> None:
+    """Raise UserError unless files can be written at ``path``, which need not exist; leaves nothing behind.
+
+    key: what the path is called in the message.
+    """
     existing = nearest_existing(path)
     try:
         if not existing.is_dir():
@@ -203,7 +206,7 @@ def check_writable(path: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".nemo-rmt-", dir=existing) as probe:
             (Path(probe) / "probe").write_bytes(b"0" * 4096)
     except OSError as error:
-        raise UserError(f"run_dir={path} is not writable ({error}): choose another run_dir") from error
+        raise UserError(f"{key}={path} is not writable ({error}): choose another {key}") from error
 
 
 def check_space(path: Path, needed: int) -> None:

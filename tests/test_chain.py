@@ -33,6 +33,15 @@ def test_a_given_checkpoint_replaces_pretraining_and_a_given_reference_guides_it
     assert "pretrain" not in evaluate.inputs
 
 
+def test_a_cache_of_the_references_numbers_guides_every_iteration_and_no_reference_is_read():
+    chain = plan_chain(load_recipe("tiny", [], ["anneal.remit.reference.cache=/cache"]))
+    anneals = [planned for planned in chain if planned.ref.stage == "anneal"]
+    assert [planned.ref.iteration for planned in anneals] == [0, 1]
+    for planned in anneals:
+        assert planned.note == "remit (cached)"
+        assert planned.inputs["cache"] == Path("/cache") and "reference" not in planned.inputs
+
+
 def test_start_from_previous_continues_the_last_base():
     chain = plan_chain(load_recipe("tiny", [], ["flywheel.start_from=previous", "anneal.objective=uniform"]))
     anneal = next(planned for planned in chain if planned.ref == StageRef(1, "anneal"))

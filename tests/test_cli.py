@@ -61,11 +61,18 @@ def nemo_rmt(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPr
         (["stage", "polish", "tiny", NO_TEXT], "no stage polish"),
         (["stage", "/does/not/exist.yaml"], "/does/not/exist.yaml"),
         (["stage", "stage.yaml", "tiny"], "takes no recipe"),
+        (["stage", "stage.yaml", "--profile"], "tracking.profile: true"),
         (["report", "/tmp"], "not a run folder"),
         (["status", "/tmp"], "not a run folder"),
         (["status", "tinny"], "did you mean tiny"),
         (["recipes", "drop"], "list or show"),
-        (["data", "tiny"], "data takes build"),
+        (["data", "tiny"], "data takes build or score"),
+        (["data", "score", "tiny"], "data score needs checkpoint=FOLDER"),
+        (["data", "score", "tiny", "checkpoint=/c"], "data score needs cache=FOLDER"),
+        (["data", "score", "tiny", "checkpoint=/c", "cache=/d", "sequence_length=x"], "sequence_length=x is not"),
+        (["data", "score", "tiny", "checkpoint=/c", "cache=/d", "sequence_length=1"], "sequence_length=1 is not"),
+        (["data", "score", "tiny", "checkpoint=/c", "cache=/d"], "nemo-rmt data build tiny run_dir=runs/tiny first"),
+        (["data", "score", "checkpoint=/c", "cache=/d"], "name a recipe"),
         (["import", "source=/does/not/exist"], "target="),
         (["import", "source=/does/not/exist", "target=there"], "/does/not/exist"),
         (["plan", "qwen3_14b", "paralel.tensor=4"], "parallel.tensor"),
@@ -104,6 +111,23 @@ def test_overrides_may_stand_before_and_after_options(tmp_path, capsys, monkeypa
     out = capsys.readouterr().out
     assert "seed: 1234 -> 9" in out and "sft.steps: 16 -> 5" in out and "rl.steps: 40 -> 3" in out
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("command", [["flywheel"], ["stage", "data"], ["evaluate"]], ids=lambda command: command[0])
+def test_profile_is_a_setting_of_the_recipe(tmp_path, command):
+    started = []
+
+    class Recorder(cli.Starter):
+        def run_flywheel(self, recipe, *, dry_run):
+            started.append(recipe.tracking.profile)
+            return 0
+
+        def run_one_stage(self, recipe, stage, iteration, *, download=False):
+            return self.run_flywheel(recipe, dry_run=False)
+
+    for option in ([], ["--profile"]):
+        assert cli.main([*command, "tiny", *option], Recorder()) == 0
+    assert started == [False, True]
 
 
 def test_a_flywheel_and_its_single_stages_share_the_run_folder(tmp_path, fake_stages, capfd):

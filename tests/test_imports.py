@@ -17,7 +17,7 @@ PACKAGE = Path(nemo_rmt.__file__).parent
 ORDER = ["objectives", "data", "megatron", "rollout", "stages"]
 """Each may import from those before it, none from those after it."""
 DRIVER = {"chain", "cli", "conversion", "flywheel", "launch", "lone_stage", "overview", "plan", "preflight", "recipes"}
-DRIVER |= {"status"}
+DRIVER |= {"scoring", "status"}
 """The process that starts workers; workers import none of it."""
 
 

@@ -72,7 +72,7 @@ def test_the_tiny_recipe_passes_and_nothing_is_written(tmp_path):
         (["data.tasks.0.family=poetry"], "poetry"),
         (["data.sft_path=/does/not/exist.jsonl"], "data.sft_path=/does/not/exist.jsonl"),
         (["tokenizer.path=/does/not/exist"], "tokenizer.path=/does/not/exist"),
-        (["rollout.max_new_tokens=128"], "rollout.max_new_tokens=128"),
+        (["rl.sequence_length=128", "rollout.max_new_tokens=128"], "rollout.max_new_tokens=128"),
         (["evaluate.sequence_length=1024"], "evaluate.sequence_length=1024"),
         (["model.layers=transformer_engine"], "model.layers=transformer_engine.*set model.layers=local"),
         (["run_dir=/proc/run"], "run_dir=/proc/run is not writable"),

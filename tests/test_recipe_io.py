@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_rmt.config import Recipe
+from nemo_rmt.config import CachedReference, Recipe
 from nemo_rmt.errors import UserError
 from nemo_rmt.recipe_io import known_keys, load_recipe, recipe_differences, resolved_yaml
 
@@ -60,6 +60,12 @@ def test_without_a_name_every_key_has_its_default():
         ("data.corpora.1.options.error_rate=1e-1", lambda r: r.data.corpora[1].options["error_rate"] == 0.1),
         ("data.sft_options={}", lambda r: r.data.sft_options == {}),
         ("data.sft_options.direct=0.5", lambda r: r.data.sft_options == {**TINY.data.sft_options, "direct": 0.5}),
+        ("anneal.remit.reference=/model", lambda r: r.anneal.remit.reference == "/model"),
+        ("anneal.remit.reference.cache=/c", lambda r: r.anneal.remit.reference == CachedReference(cache="/c")),
+        (
+            "anneal.remit.reference={cache: /c, checkpoint: /m}",
+            lambda r: r.anneal.remit.reference == CachedReference(cache="/c", checkpoint="/m"),
+        ),
         ("anneal.remit={epsilon: 0.5}", lambda r: r.anneal.remit.epsilon == 0.5 and r.anneal.remit.scale == 1.0),
     ],
 )
@@ -85,6 +91,9 @@ def test_overrides_reach_every_kind_of_key(override, read):
         ("anneal.steps+=x", ["anneal.steps", "not a number"]),
         ("anneal.steps=[1", ["anneal.steps", "YAML"]),
         ("model.hidden_size=130", ["model: hidden_size 130", "num_attention_heads 4"]),
+        ("anneal.remit.reference.cach=/c", ["anneal.remit.reference.cach'", "anneal.remit.reference.cache"]),
+        ("anneal.remit.reference={cach: /c}", ["anneal.remit.reference.cach'", "anneal.remit.reference.cache"]),
+        ("anneal.remit.reference.checkpoint=/m", ["anneal.remit.reference.cache is required"]),
         ("anneal.remit.reference=null", ["anneal", "remit.reference"]),
         ("pretrain.micro_batch_size=3", ["pretrain.global_batch_size=8", "micro_batch_size"]),
         ("steps", ["key=value"]),
@@ -116,6 +125,18 @@ def test_a_missing_yaml_file_and_an_unknown_recipe_are_refused(tmp_path):
         load_recipe("tiny", [tmp_path / "nothing.yaml"], [])
     with pytest.raises(UserError, match="did you mean tiny"):
         load_recipe("tyni", [], [])
+
+
+def test_a_key_of_text_or_a_section_takes_either_in_yaml_too(tmp_path):
+    section = write(tmp_path, "anneal: {remit: {reference: {cache: /c}}}")
+    assert load_recipe("tiny", [section], []).anneal.remit.reference == CachedReference(cache="/c")
+    recipe = load_recipe("tiny", [section], ["anneal.remit.reference.checkpoint=/m"])
+    assert recipe.anneal.remit.reference == CachedReference(cache="/c", checkpoint="/m")
+    assert load_recipe(None, [write(tmp_path, resolved_yaml(recipe, comments=True), "shown.yaml")], []) == recipe
+    assert load_recipe("tiny", [section], ["anneal.remit.reference=previous"]) == TINY
+    for wrong, words in {"5": "anneal.remit.reference=5", "{cache: 5}": "anneal.remit.reference.cache=5"}.items():
+        with pytest.raises(UserError, match=f"^{words}: expected a valid string$"):
+            load_recipe("tiny", [write(tmp_path, f"anneal: {{remit: {{reference: {wrong}}}}}")], [])
 
 
 @pytest.mark.parametrize("comments", [True, False])

@@ -28,13 +28,14 @@ from nemo_rmt.errors import UserError
 from nemo_rmt.flywheel import find_stage
 from nemo_rmt.recipe_io import resolved_yaml
 from nemo_rmt.run_folder import write_text
+from nemo_rmt.scoring import Scoring
 
 logger = logging.getLogger(__name__)
 
 STARTING = {
     "flywheel": "Run, or continue, every stage of a recipe.",
     "stage": "Run one stage of a recipe whose inputs are done: stage NAME [--iteration K], or a saved stage.yaml.",
-    "data": "Build a recipe's tokenizer and token files: data build.",
+    "data": "Build a recipe's tokenizer and token files, or score them with a model: data build, data score.",
     "evaluate": "Measure an iteration's models: evaluate [--iteration K].",
 }
 """Commands that start stages: they ask first, and take an executor."""
@@ -144,6 +145,14 @@ class Confirmed(cli.Starter):
         if self.only_show or not self.confirmed:
             print(f"{path}, on this machine")
         return super().run_stage_file(path) if self._go_ahead() else 0
+
+    def run_scoring(self, recipe: Recipe, scoring: Scoring) -> int:
+        """A cache of log-probabilities."""
+        if self.to_yaml is not None or not isinstance(self.choose(), Local):
+            raise UserError("data score runs where it is started: leave --to-yaml and --executor out")
+        if self.only_show or not self.confirmed:
+            print(f"{scoring.checkpoint} scores the data of {recipe.run_dir} into {scoring.cache}, on this machine")
+        return super().run_scoring(recipe, scoring) if self._go_ahead() else 0
 
     def _start(self, work: Work) -> int:
         if self.to_yaml is not None:

@@ -87,7 +87,7 @@ class ReMiT(Section):
     gap_model: Literal["current", "frozen"] = "current"
     """The gap is against the model in training, or against the stage's frozen starting point."""
     reference: str | CachedReference | None = "previous"
-    """previous: the RL model of the iteration before; a checkpoint; or {cache: FOLDER}, written by nemo-rmt data score."""
+    """previous: the RL model of the iteration before; a checkpoint; or {cache: FOLDER}, made by nemo-rmt data score."""
     offload: bool = False
     """Keep frozen models in host memory while the policy trains: their GPU memory for the time of two copies a step."""
 
@@ -100,7 +100,7 @@ class Anneal(Stage):
     resume_optimizer: bool = True
     """Go on with the checkpoint's optimizer states; false: begin with fresh ones (imported weights have none)."""
     objective: Literal["uniform", "remit"] = "remit"
-    """Loss. Iteration 0 is uniform unless remit.reference is a checkpoint."""
+    """Loss. Iteration 0 is uniform unless remit.reference is a checkpoint or a cache."""
     remit: ReMiT = ReMiT()
     """ReMiT's settings."""
 
@@ -108,8 +108,8 @@ class Anneal(Stage):
     def _reference(self) -> Anneal:
         if self.objective == "remit" and not self.remit.reference:
             raise ValueError(
-                "objective remit needs remit.reference: 'previous' (the iteration before) or a checkpoint "
-                "folder; or set anneal.objective=uniform"
+                "objective remit needs remit.reference: 'previous' (the iteration before), a checkpoint folder or "
+                "{cache: FOLDER}; or set anneal.objective=uniform"
             )
         return self
 

@@ -11,6 +11,8 @@ command line's pre-flight reads corpora and tasks without it.
 - ``sft``: conversations for supervised fine-tuning, from a file or generated.
 - ``difficulty``, ``positions``: which tokens of documents are hard, and which of them RMT asks for.
 - ``thoughts``: the prompt that asks for a token after a thought, and what a response holds.
+- ``fingerprint``, ``logprob_cache``: what identifies a tokenized dataset, and a model's log-probability of every token
+  of it, 2 bytes each.
 - ``batch``: ``TokenBatch``, what every training objective and evaluation is given.
 - ``tree``: documents with the responses that branch off them, packed so that a document is computed once.
 """

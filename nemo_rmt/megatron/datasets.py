@@ -6,8 +6,6 @@ stopped.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -23,11 +21,9 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from torch import Tensor
 
 from nemo_rmt import pulse
+from nemo_rmt.data.logprob_cache import Stretches
 from nemo_rmt.data.tokenizer import Tokenizer
 from nemo_rmt.errors import UserError
-
-FINGERPRINTED = 16 * 2**20
-"""Bytes at each end of a dataset's tokens that its fingerprint reads."""
 
 
 def write_dataset(prefix: Path, documents: Iterable[list[int]], vocab_size: int) -> tuple[int, int]:
@@ -107,11 +103,39 @@ class TrainingRows:
 
     def documents(self, index: int) -> list[tuple[Path, int]]:
         """The documents that a row has tokens of, in its order: the dataset's prefix and the document's index there."""
+        row = self.stretches(index)
+        return [(row.prefix, document) for document in row.documents.tolist()]
+
+    def stretches(self, index: int) -> Stretches:
+        """Where the ``sequence_length + 1`` tokens of a row stand in its dataset."""
         part, row = self.dataset, index
         if isinstance(part, BlendedDataset):  # which a single prefix is not
             part, row = part.datasets[part.dataset_index[index]], part.dataset_sample_index[index]
-        _, documents = part._query_document_sample_shuffle_indices(row)  # what the dataset itself reads rows with
-        return [(Path(part.dataset_path), int(document)) for document in documents]
+        # The arrays that the dataset itself reads rows with: where each begins, as a place in the order of documents
+        # and a token of that document.
+        row = part.shuffle_index[row]
+        (begin, skipped), (end, last) = part.sample_index[row].tolist(), part.sample_index[row + 1].tolist()
+        documents = part.document_index[begin : end + 1].astype(numpy.int64)
+        sizes = part.dataset.sequence_lengths[documents].astype(numpy.int64)
+        sizes[-1] = last + 1  # with the token to shift by
+        first = part.dataset.index.sequence_pointers[documents] // part.dataset.index.dtype_size
+        first[0] += skipped
+        sizes[0] -= skipped
+        return Stretches(Path(part.dataset_path), documents, first, sizes)
+
+
+class Documents:
+    """The documents of a dataset, in its order. ``lengths``: int64 ``[documents]``, tokens of each."""
+
+    def __init__(self, prefix: Path):
+        self._dataset = IndexedDataset(str(prefix))  # what it returns points into its memory map: copied
+        self.lengths = self._dataset.sequence_lengths.astype(numpy.int64)
+
+    def tokens(self, first: int, end: int) -> numpy.ndarray:
+        """The tokens of the documents from ``first`` to before ``end``, end to end."""
+        index = self._dataset.index
+        count = int(index.sequence_lengths[first:end].sum(dtype=numpy.int64))
+        return self._dataset.bin_reader.read(index.dtype, count, int(index.sequence_pointers[first])).copy()
 
 
 def held_out_rows(prefix: Path, sequence_length: int, max_tokens: int) -> Tensor:
@@ -180,27 +204,3 @@ def pieces_of(
         pieces += [(document, first, min(longest, size - first)) for first in range(0, size, longest)]
         parts.append(dataset[document][:size])
     return numpy.array(pieces, dtype=numpy.int64), numpy.concatenate(parts, dtype=numpy.int32)
-
-
-def dataset_fingerprint(prefix: Path) -> str:
-    """sha256 of a dataset: its index, its size, and the first and last 16 MiB of its tokens.
-
-    The index holds every document's length, so that other documents would have to agree in all of it.
-    """
-    digest = hashlib.sha256()
-    with open(f"{prefix}.idx", "rb") as index:
-        while block := index.read(FINGERPRINTED):
-            digest.update(block)
-    size = os.path.getsize(f"{prefix}.bin")
-    digest.update(str(size).encode())
-    with open(f"{prefix}.bin", "rb") as tokens:
-        digest.update(tokens.read(FINGERPRINTED))
-        tokens.seek(max(0, size - FINGERPRINTED))
-        digest.update(tokens.read(FINGERPRINTED))
-    return digest.hexdigest()
-
-
-def dataset_exists(prefix: Path) -> bool:
-    """Whether both files of an indexed dataset are there and not empty."""
-    paths = [f"{prefix}{suffix}" for suffix in (".bin", ".idx")]
-    return all(os.path.isfile(path) and os.path.getsize(path) for path in paths)

@@ -9,13 +9,14 @@ from pathlib import Path
 from nemo_rmt import preflight, recipes
 from nemo_rmt.config import Recipe
 from nemo_rmt.errors import UserError
-from nemo_rmt.plan.inputs import input_checks
+from nemo_rmt.plan.inputs import CACHE, input_checks
 from nemo_rmt.plan.parameters import Widths, padded_rows
 from nemo_rmt.run_folder import RunFolder
 
 REMEDIES = {
     "tokenizer.path": "give the folder of the model's tokenizer.json",
     "pretrain.checkpoint": "make it with nemo-rmt import source=HF_FOLDER target={path}",
+    CACHE: "make it with nemo-rmt data score {recipe} checkpoint=RL_MODEL cache={path}, once the data is built",
     "anneal.remit.reference": "make it with nemo-rmt import source=HF_FOLDER target={path}",
     "rmt.difficulty.scorer": "make it with nemo-rmt import source=HF_FOLDER target={path}",
     "rmt.difficulty.scores": "give the difficulty folder of an earlier run's data stage",
@@ -63,7 +64,8 @@ def check_all(recipe: Recipe, vocab_size: int) -> Findings:
         if not missing:
             findings.run(check.run)
         for key, path in missing.items():
-            lines = findings.before if own.get(key) == path else findings.problems
+            # A cache is made of the data that the run builds first.
+            lines = findings.before if own.get(key) == path or key == CACHE else findings.problems
             line = f"{key}={path} is not there: {_remedy(key, path, recipe)}"
             if line not in lines:
                 lines.append(line)
@@ -106,4 +108,5 @@ def _remedy(key: str, path: str, recipe: Recipe) -> str:
     checkpoint = recipe.pretrain.checkpoint
     if key == "tokenizer.path" and checkpoint is not None and Path(checkpoint) in Path(path).parents:
         return "it comes with pretrain.checkpoint"
-    return next(text for prefix, text in REMEDIES.items() if key.startswith(prefix)).format(path=path)
+    text = next(text for prefix, text in REMEDIES.items() if key.startswith(prefix))
+    return text.format(path=path, recipe=recipe.name)

@@ -14,16 +14,19 @@ from pathlib import Path
 from nemo_rmt.compatibility import IMPORTED, model_vocab_size, require_compatible
 from nemo_rmt.config import Corpus, Recipe, Task
 from nemo_rmt.errors import UserError
+from nemo_rmt.reference_cache import cached_reference, model_digest, open_reference
 from nemo_rmt.stages.lm_eval import tasks as lm_eval_tasks
 
 logger = logging.getLogger(__name__)
+
+CACHE = "anneal.remit.reference.cache"
 
 
 @dataclass(frozen=True)
 class Check:
     """One input of a run."""
 
-    run: Callable[[], None]
+    run: Callable[[], object]
     """Raises UserError unless it is there, whole, and agrees with the rest."""
     paths: dict[str, str] = field(default_factory=dict)
     """The files and folders it reads, by the recipe's key."""
@@ -32,7 +35,7 @@ class Check:
 
 
 def input_checks(recipe: Recipe, *, data_built: bool = False, download: bool = False) -> list[Check]:
-    """What a run reads: corpora (unless its data stage is done), tasks, scores, tokenizer and checkpoints.
+    """What a run reads: corpora (unless its data stage is done), tasks, scores, caches, tokenizer and checkpoints.
 
     download: corpora of the Hugging Face hub may be fetched by the data stage.
     """
@@ -46,6 +49,12 @@ def input_checks(recipe: Recipe, *, data_built: bool = False, download: bool = F
     if recipe.rmt.enabled and (scores := recipe.rmt.difficulty.scores) is not None:
         paths = {"rmt.difficulty.scores": scores}
         checks.append(Check(functools.partial(_check_scores, scores), paths, of_training=True))
+    if (reference := cached_reference(recipe)) is not None:
+        paths = {CACHE: reference.cache}
+        checks.append(Check(functools.partial(open_reference, recipe, Path(reference.cache)), paths, of_training=True))
+        if reference.checkpoint is not None:
+            key, folder = "anneal.remit.reference.checkpoint", reference.checkpoint
+            checks.append(Check(functools.partial(model_digest, Path(folder), key), {key: folder}, of_training=True))
     if recipe.evaluate.lm_eval.enabled:
         include = recipe.evaluate.lm_eval.include
         paths = {} if include is None else {"evaluate.lm_eval.include": include}
@@ -126,9 +135,10 @@ def _given_checkpoints(recipe: Recipe) -> dict[str, str]:
     given = {}
     if recipe.pretrain.checkpoint is not None:
         given["pretrain.checkpoint"] = recipe.pretrain.checkpoint
-    if recipe.anneal.enabled and recipe.anneal.objective == "remit":
-        if recipe.anneal.remit.reference != "previous":
-            given["anneal.remit.reference"] = recipe.anneal.remit.reference
+    reference = recipe.anneal.remit.reference
+    if recipe.anneal.enabled and recipe.anneal.objective == "remit" and isinstance(reference, str):
+        if reference != "previous":
+            given["anneal.remit.reference"] = reference
         elif recipe.iterations == 1:
             logger.info("note: with iterations=1 there is no earlier RL model, so the only anneal is uniform")
     if recipe.rmt.enabled and recipe.rmt.difficulty.scorer != "start":

@@ -89,9 +89,10 @@ def _workload(recipe: Recipe, planned: PlannedStage) -> Workload:
         tokens=settings.global_batch_size * settings.sequence_length,
         context=settings.sequence_length / 2,
     )
-    if isinstance(settings, Anneal) and "reference" in planned.inputs:
-        frozen = 1 if settings.remit.gap_model == "current" else 2
-        values |= {"name": "anneal (remit)", "frozen": frozen, "scored": frozen}
+    if isinstance(settings, Anneal) and planned.inputs.keys() & {"reference", "cache"}:
+        frozen = int("reference" in planned.inputs) + int(settings.remit.gap_model == "frozen")
+        name = "anneal (remit)" if "reference" in planned.inputs else "anneal (remit, cached)"
+        values |= {"name": name, "frozen": frozen, "scored": frozen}
     elif isinstance(settings, Anneal):
         values["name"] = "anneal (uniform)"
     if stage == "rl":

@@ -23,8 +23,9 @@ from nemo_rmt.data.difficulty import (
     require_scores_of,
     save_scores,
 )
+from nemo_rmt.data.fingerprint import dataset_fingerprint
 from nemo_rmt.errors import UserError
-from nemo_rmt.megatron.datasets import dataset_fingerprint, pieces_of
+from nemo_rmt.megatron.datasets import pieces_of
 from nemo_rmt.megatron.runtime import broadcast_from_last_stage, gather_over_data_parallel
 from nemo_rmt.megatron.train_step import ScoredModel
 from nemo_rmt.stages.session import Session

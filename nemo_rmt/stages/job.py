@@ -12,23 +12,23 @@ from nemo_rmt.errors import UserError
 from nemo_rmt.recipe_io import validate
 from nemo_rmt.run_folder import write_text
 
-StageName = Literal["data", "pretrain", "anneal", "rmt", "sft", "rl", "evaluate"]
+StageName = Literal["data", "pretrain", "anneal", "rmt", "sft", "rl", "evaluate", "score"]
 
 
 class StageJob(Section):
     """The complete resolved configuration of one stage, as written to its stage.yaml."""
 
     stage: StageName
-    """Which algorithm to run."""
+    """Which algorithm to run. ``score`` is no part of a chain: its folder is a cache of log-probabilities."""
     iteration: int
     """Turn of the flywheel, from 0."""
     run_dir: str = "../.."
     """The run folder, relative to the stage's folder (so that a copied run still works)."""
     inputs: dict[str, str] = {}
     """Folders the stage reads, by role, relative to the run folder or absolute. ``data``: the data stage's
-    folder (all but the data stage). ``checkpoint``: where training starts. ``reference``: ReMiT's RL model.
-    The roles of evaluate other than ``data`` are stage names in chain order, the last being the
-    iteration's final model."""
+    folder (all but the data stage). ``checkpoint``: where training starts, or what scores. ``reference``: ReMiT's RL
+    model, or ``cache``: the folder of its log-probabilities. ``published``: a Hugging Face model that scores. The roles
+    of evaluate other than ``data`` are stage names in chain order, the last being the iteration's final model."""
     recipe: Recipe
     """The flywheel's resolved recipe."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from nemo_rmt.data.batch import TokenBatch
+from nemo_rmt.data.logprob_cache import Stretches
 from nemo_rmt.megatron.head import TokenScores
 from nemo_rmt.objectives import LossOutput, ntp_loss
+from nemo_rmt.profiling import part
 from nemo_rmt.stages.session import Session
 from nemo_rmt.stages.training import Training
 
@@ -23,10 +25,15 @@ class CorpusBatches:
 
     def batch(self, step: int) -> TokenBatch:
         """The rows of a step, from 0."""
-        tokens = self.rows.rows(self._indices(step)).to(self.session.layout.device)
-        return TokenBatch.from_documents(
-            tokens, self.session.tokenizer.eod, self.session.recipe.data.document_attention
-        )
+        with part("data"):
+            tokens = self.rows.rows(self._indices(step)).to(self.session.layout.device)
+            return TokenBatch.from_documents(
+                tokens, self.session.tokenizer.eod, self.session.recipe.data.document_attention
+            )
+
+    def stretches(self, step: int) -> list[Stretches]:
+        """Where the tokens of each row of a step, and the one that follows them, stand in the datasets."""
+        return [self.rows.stretches(index) for index in self._indices(step)]
 
     def samples(self, step: int) -> list[tuple[int, str]]:
         """Every document that each row of a step has tokens of, as "corpus:document", by the row's index."""

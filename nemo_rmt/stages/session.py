@@ -9,6 +9,7 @@ from torch import nn
 from nemo_rmt.compatibility import model_vocab_size, require_compatible
 from nemo_rmt.config import Recipe, Stage
 from nemo_rmt.data.batch import TokenBatch
+from nemo_rmt.data.fingerprint import dataset_exists
 from nemo_rmt.data.packing import balanced, first_fit_decreasing, training_cost
 from nemo_rmt.data.seeds import derived_seed
 from nemo_rmt.data.tasks import TaskFamily, make_task
@@ -17,7 +18,7 @@ from nemo_rmt.data.tree import TokenTree, pack_trees, split_tree
 from nemo_rmt.errors import UserError
 from nemo_rmt.manifest import CheckpointInfo
 from nemo_rmt.megatron.checkpoint import load_weights, require_sound
-from nemo_rmt.megatron.datasets import TrainingRows, dataset_exists
+from nemo_rmt.megatron.datasets import TrainingRows
 from nemo_rmt.megatron.model import build_model
 from nemo_rmt.megatron.runtime import Layout, gather_over_data_parallel, max_over_data_parallel
 from nemo_rmt.megatron.train_step import FrozenModel

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemo_rmt.data import fingerprint
+from nemo_rmt.data.fingerprint import dataset_fingerprint
 from nemo_rmt.errors import UserError
-from nemo_rmt.megatron import datasets
-from nemo_rmt.megatron.datasets import dataset_fingerprint, pieces_of, write_dataset
+from nemo_rmt.megatron.datasets import Documents, pieces_of, write_dataset
 
 DOCUMENTS = [[10 * index + offset for offset in range(size)] for index, size in enumerate([5, 1, 4, 9, 2, 7, 3, 8])]
 
@@ -75,6 +76,14 @@ def test_a_dataset_without_anything_to_predict_is_refused(tmp_path):
         read(tmp_path / "train", longest=1)
 
 
+def test_documents_are_read_several_at_once(prefix):
+    documents = Documents(prefix)
+    assert documents.lengths.tolist() == [len(document) for document in DOCUMENTS]
+    for first, end in ((0, len(DOCUMENTS)), (2, 5), (7, 8), (3, 3)):
+        expected = [token for document in DOCUMENTS[first:end] for token in document]
+        assert documents.tokens(first, end).tolist() == expected
+
+
 def test_the_fingerprint_is_the_contents_wherever_they_lie(prefix, tmp_path):
     write_dataset(tmp_path / "copy", DOCUMENTS, vocab_size=100)
     assert dataset_fingerprint(tmp_path / "copy") == dataset_fingerprint(prefix)
@@ -90,7 +99,7 @@ def test_the_fingerprint_is_the_contents_wherever_they_lie(prefix, tmp_path):
 
 
 def test_of_a_large_dataset_both_ends_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "FINGERPRINTED", 64)
+    monkeypatch.setattr(fingerprint, "FINGERPRINTED", 64)
     rng = random.Random(0)
     documents = [[rng.randrange(100) for _ in range(50)] for _ in range(20)]
     write_dataset(tmp_path / "train", documents, vocab_size=100)

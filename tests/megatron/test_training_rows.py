@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tiny_model import world
 
-from nemo_rmt.megatron.datasets import TrainingRows, write_dataset
+from nemo_rmt.data.logprob_cache import Stretches
+from nemo_rmt.megatron.datasets import Documents, TrainingRows, write_dataset
 
 SIZES = {"web": [5, 1, 40, 9, 2, 7, 30, 8], "code": [3, 17, 26, 4, 1, 12]}
 EOD, VOCAB = 0, 20_000
@@ -36,6 +38,16 @@ def prefixes(tmp_path_factory) -> list[Path]:
     return found
 
 
+def tokens_at(row: Stretches) -> list[int]:
+    """What stands in the dataset where a row says that its tokens do."""
+    everything = Documents(row.prefix)
+    tokens = everything.tokens(0, len(everything.lengths)).tolist()
+    starts = numpy.cumsum(everything.lengths) - everything.lengths
+    assert (row.first >= starts[row.documents]).all()
+    assert (row.first + row.sizes <= (starts + everything.lengths)[row.documents]).all()
+    return [token for first, size in zip(row.first, row.sizes, strict=True) for token in tokens[first : first + size]]
+
+
 @pytest.mark.parametrize("names", [("web",), ("web", "code")], ids=["one_corpus", "blend"])
 def test_a_rows_tokens_are_those_of_its_documents_end_to_end(prefixes, tmp_path, names):
     chosen = {
@@ -47,9 +59,10 @@ def test_a_rows_tokens_are_those_of_its_documents_end_to_end(prefixes, tmp_path,
     seen = set()
     for index in range(40):  # several epochs of each
         documents = rows.documents(index)
+        row = rows.rows([index])[0].tolist()
+        assert tokens_at(rows.stretches(index)) == row
         seen |= set(documents)
         text = [token for prefix, document in documents for token in datasets[prefix][document].tolist()]
-        row = rows.rows([index])[0].tolist()
         first_size = len(datasets[documents[0][0]][documents[0][1]])
         starts = [start for start in range(first_size) if text[start : start + ROW + 1] == row]
         assert starts, (index, documents)

@@ -204,3 +204,16 @@ def test_planning_imports_no_torch_and_prints_without_a_terminal(tmp_path):
     assert lines[-1] == "[]", done.stdout[-2000:] + done.stderr
     assert max(map(len, lines)) <= 160
     assert not Path(tmp_path / "runs").exists()
+
+
+def test_a_cache_that_is_still_to_be_made_is_something_to_do_before(elsewhere, capsys):
+    status, output = plan(capsys, "tiny", "anneal.remit.reference.cache=soon")
+    assert status == 0
+    assert (
+        "Before it can start: anneal.remit.reference.cache=soon is not there: make it with nemo-rmt data score tiny"
+        in output
+    )
+    assert "anneal (remit, cached)" in output and "anneal (uniform)" not in output
+    Path("soon").mkdir()
+    status, output = plan(capsys, "tiny", "anneal.remit.reference.cache=soon")
+    assert status == 2 and "is no cache of log-probabilities" in output
