@@ -107,11 +107,12 @@ def visibility(structure: Tensor) -> Sees:
     return in_tree
 
 
-def dense_mask(structure: Tensor, start: int = 0, end: int | None = None) -> Tensor:
-    """The structure as a boolean mask, ``[batch, 1, queries, end]``, of the queries from ``start`` to ``end``."""
+def dense_mask(structure: Tensor, start: int = 0, end: int | None = None, first: int = 0) -> Tensor:
+    """The structure as a boolean mask, ``[batch, 1, queries, keys]``: queries ``start`` to ``end``, keys from ``first``
+    to ``end``."""
     batch, _, length = structure.shape
     rows, columns = (torch.arange(size, device=structure.device) for size in (batch, end or length))
-    return visibility(structure)(rows[:, None, None, None], None, columns[start:, None], columns)
+    return visibility(structure)(rows[:, None, None, None], None, columns[start:, None], columns[first:])
 
 
 def structured_attention(
@@ -139,30 +140,55 @@ def structured_attention(
 class Block(NamedTuple):
     """What a block of queries sees."""
 
-    keys: list[int]
-    """The blocks of keys of which any of its queries, in any row, sees any."""
+    keys: list[slice]
+    """The columns of whole blocks of keys of which any of its queries, in any row, sees any."""
     mask: Tensor
-    """Which of their keys each query sees: boolean ``[batch, 1, queries, keys]``."""
+    """0 for each of their keys that a query sees, else -inf: ``[batch, 1, queries, keys]``. Numbers, because the kernel
+    would turn booleans into them in every layer, and keep them for backward."""
 
 
 def _attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, structure: Tensor, scale: float | None) -> Tensor:
-    """Each block of queries with the blocks of keys that it sees."""
-    keys, values = key.split(KEY_BLOCK, 2), value.split(KEY_BLOCK, 2)
+    """Each block of queries with the blocks of keys that it sees; rows of one document each as a whole."""
+    blocks = _derived(structure, lambda rows: _blocks(rows, query.dtype))
+    if blocks is None:
+        return _attend(query, key, value, None, scale)
     outputs = []
-    for part, block in zip(query.split(QUERY_BLOCK, 2), _derived(structure, _blocks), strict=True):
-        seen = (torch.cat([pieces[index] for index in block.keys], 2) for pieces in (keys, values))
+    for part, block in zip(query.split(QUERY_BLOCK, 2), blocks, strict=True):
+        seen = (_columns(tensor, block.keys) for tensor in (key, value))
         outputs.append(_attend(part, *seen, block.mask, scale))
     return torch.cat(outputs, 2)
 
 
-def _blocks(structure: Tensor) -> list[Block]:
-    """The blocks of queries, in order."""
-    blocks, length = [], structure.shape[2]
-    for start in range(0, length, QUERY_BLOCK):
-        mask = dense_mask(structure, start, min(start + QUERY_BLOCK, length))
-        parts = mask.split(KEY_BLOCK, -1)
-        keys = [index for index, seen in enumerate(mask.flatten(0, 2).any(0).split(KEY_BLOCK)) if seen.any()]
-        blocks.append(Block(keys, torch.cat([parts[index] for index in keys], -1)))
+def _columns(tensor: Tensor, columns: list[slice], dim: int = 2) -> Tensor:
+    """Some columns of a tensor, of which ``dim`` is their dimension; uncopied where they are next to each other."""
+    parts = [tensor.narrow(dim, each.start, each.stop - each.start) for each in columns]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _blocks(structure: Tensor, dtype: torch.dtype) -> list[Block] | None:
+    """The blocks of queries, in order, with masks of this type; None where each row is one document."""
+    segments, length = structure[:, 0], structure.shape[2]
+    opens = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
+    if structure.shape[1] == 1 and not opens.any():
+        return None
+    # A block sees nothing before the document of its first query: looking there would cost as much as the square of
+    # the row's length.
+    columns = torch.arange(length, device=structure.device)
+    begins = torch.where(opens, columns, 0).cummax(1).values[:, ::QUERY_BLOCK].amin(0).tolist()
+    blocks = []
+    for start, begin in zip(range(0, length, QUERY_BLOCK), begins, strict=True):
+        first, end = begin // KEY_BLOCK * KEY_BLOCK, min(start + QUERY_BLOCK, length)
+        mask = dense_mask(structure, start, end, first)
+        seen = [part.any() for part in mask.flatten(0, 2).any(0).split(KEY_BLOCK)]
+        keys: list[slice] = []
+        for column, wanted in zip(range(first, end, KEY_BLOCK), seen, strict=True):
+            if wanted and keys and keys[-1].stop == column:
+                keys[-1] = slice(keys[-1].start, min(column + KEY_BLOCK, end))
+            elif wanted:
+                keys.append(slice(column, min(column + KEY_BLOCK, end)))
+        mask = _columns(mask, [slice(each.start - first, each.stop - first) for each in keys], 3)
+        added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+        blocks.append(Block(keys, added))
     return blocks
 
 

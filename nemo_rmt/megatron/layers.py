@@ -53,12 +53,13 @@ class _RMSNormOnCPU(torch.autograd.Function):
         # In torch's order of operations: scoring, which has no gradients, gives to the bit what training does.
         scale = floats.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         normed = floats * scale
-        ctx.save_for_backward(normed, scale, weight)
+        ctx.save_for_backward(states, scale, weight)
         return (normed * weight).to(states.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        normed, scale, weight = ctx.saved_tensors
+        states, scale, weight = ctx.saved_tensors
+        normed = states.float() * scale
         grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
         grad_normed = grad.float() * weight
         along = torch.linalg.vecdot(grad_normed, normed).div_(normed.shape[-1])[..., None]
