@@ -5,6 +5,7 @@
 # make test-nemo    the NeMo 2.7 and nemo_run surfaces, and the core on NeMo's older Megatron-Core
 # make test-bridge    the Megatron-Bridge adapter
 # make test-vllm    vLLM's rollouts, and lm-eval's figures against ours
+# make bench    the benchmarks, into runs/bench: about half an hour; BENCH="rmt_step --quick" chooses, see benchmarks/run.py
 # Each makes its environment first, if it is not there. PYTHON=python3.12 chooses another Python (3.10 to 3.12).
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ QUIET := OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1
 ON_OLDER_MEGATRON := $(addsuffix .py,$(addprefix tests/megatron/test_,\
 	cpu model train_step optimizer guard checkpoint generation datasets fp8 hugging_face published_layouts))
 
-.PHONY: demo test test-slurm test-demo test-nemo test-bridge test-vllm install install-lm-eval
+.PHONY: demo test test-slurm test-demo test-nemo test-bridge test-vllm bench install install-lm-eval
 
 demo: $(INSTALLED)
 	$(VENV)/bin/nemo-rmt flywheel tiny run_dir=runs/demo
@@ -44,6 +45,9 @@ test-bridge: $(BRIDGE)/.installed
 
 test-vllm: $(VLLM)/.installed
 	$(QUIET) $(VLLM)/bin/python $(PYTEST) tests/with_vllm
+
+bench: $(INSTALLED)
+	$(VENV)/bin/python benchmarks/run.py $(BENCH)
 
 install: $(INSTALLED)
 

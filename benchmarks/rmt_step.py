@@ -3,25 +3,19 @@
 ``python benchmarks/rmt_step.py`` prints one JSON line per shape. Both steps carry the same two losses: the policy
 gradient on the responses and next-token prediction on the document, for which the copies need a row of their own.
 Copies run in micro-batches of 8 rows as long as the longest of them; the responses of one position fill whole
-micro-batches. A step is forward, backward and optimizer, through the public training step. Times are medians over
-``--pairs``, both variants in turn in one process; peak memory is that of a step in a process of its own, beyond the
-model, its gradients and its optimizer's states.
+micro-batches. A step is forward, backward and optimizer, through the public training step. Beside the measured ratio
+stand those of the tokens and of the arithmetic (matrix products, and attention to what each token sees): what the tree
+saves if both steps are equally efficient. Peak memory is a step's, in a process of its own, beyond the model, its
+gradients and its optimizer's states.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
+from measuring import alternately, emit, peak_beyond, peak_mib, ratio
 
 from nemo_rmt.config import Model, Optim, Parallel
 from nemo_rmt.data.batch import TokenBatch
@@ -30,12 +24,16 @@ from nemo_rmt.megatron.head import TokenScores
 from nemo_rmt.megatron.model import build_model
 from nemo_rmt.megatron.runtime import distributed
 from nemo_rmt.megatron.train_step import TrainedModel
+from nemo_rmt.model_flops import forward_flops
 from nemo_rmt.objectives import LossOutput, grpo_loss, ntp_loss
+from nemo_rmt.recipe_io import load_recipe
 
 VOCAB, MICRO_BATCH = 4096, 8
 MODEL = Model(num_layers=4, hidden_size=256, ffn_hidden_size=768, qk_norm=True)
-SHAPES = ["512,4,8,32", "1024,1,8,64"]
+SHAPES = ["256,1,8,64", "256,4,8,32", "512,1,8,64", "512,4,8,32", "512,8,8,32", "1024,1,8,64", "1024,4,8,32"]
 """Trunk tokens, positions, responses per position, tokens per response."""
+QUICK = "64,2,4,8"
+VARIANTS = ("tree", "copies")
 
 
 def dual_loss(scores: TokenScores, batch: TokenBatch) -> LossOutput:
@@ -83,89 +81,91 @@ def micro_batches(variant: str, tree: TokenTree) -> list[TokenBatch]:
     return [batch.to(torch.cuda.current_device()) for batch in batches]
 
 
-def build() -> TrainedModel:
+def seen(tree: TokenTree, variant: str) -> tuple[int, float]:
+    """Tokens of a step, and the tokens that they attend to, added up; without padding."""
+    trunk = len(tree.trunk)
+    tokens, pairs = trunk, trunk * trunk / 2
+    for branch in tree.branches:
+        own, prefix = len(branch.tokens), branch.position
+        tokens += own if variant == "tree" else prefix + own
+        pairs += own * (prefix + own / 2) + (0 if variant == "tree" else prefix * prefix / 2)
+    return tokens, pairs
+
+
+def predicted(tree: TokenTree, model: Model) -> dict[str, float]:
+    """How many times the copies take the tree's tokens, and its arithmetic."""
+    flops, tokens = {}, {}
+    for variant in VARIANTS:
+        tokens[variant], pairs = seen(tree, variant)
+        layers, head = forward_flops(model, VOCAB, pairs / tokens[variant])
+        flops[variant] = tokens[variant] * (3 * layers + 4 * head)  # the head computes its logits again in backward
+    return {
+        "ratio_of_tokens": round(tokens["copies"] / tokens["tree"], 2),
+        "ratio_of_flops": round(flops["copies"] / flops["tree"], 2),
+    }
+
+
+def model_of(options: argparse.Namespace) -> Model:
+    """A recipe's model with its changes, or the small one."""
+    return load_recipe(options.recipe, [], options.change).model if options.recipe else MODEL
+
+
+def build(model: Model) -> TrainedModel:
     """The model of a world of one."""
-    return TrainedModel(build_model(MODEL, Parallel(), VOCAB), MODEL, Parallel(), Optim(lr=1e-5), steps=1000)
+    return TrainedModel(build_model(model, Parallel(), VOCAB), model, Parallel(), Optim(lr=1e-5), steps=1000)
 
 
-def timed(step: Callable[[], object]) -> float:
-    """Seconds."""
-    began = time.perf_counter()
-    step()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def resident_peak() -> float:
-    """The peak so far in MiB, of the GPU's memory or the process's. Not getrusage: its peak outlives fork and exec."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) / 2**10
-
-
-def peak_of_a_step(variant: str, shape: str, earliest: float) -> float:
+def peak_of_a_step(variant: str, shape: str, earliest: float, model: Model) -> float:
     """MiB beyond the model, its gradients and its optimizer's states, which a first, tiny step creates."""
     tree = random_tree(shape, earliest)
     with distributed(Parallel(), seed=0):
-        model = build()
+        trained = build(model)
         tiny = TokenTree(tree.trunk[:2], [Branch(1, [1, 2], [0.0, 1.0], {"advantages": 1.0})])
-        model.train_step(micro_batches("tree", tiny), dual_loss)
-        before = resident_peak()
-        model.train_step(micro_batches(variant, tree), dual_loss)
-        return resident_peak() - before
+        trained.train_step(micro_batches("tree", tiny), dual_loss)
+        batches = micro_batches(variant, tree)
+        return peak_beyond(lambda: trained.train_step(batches, dual_loss))
 
 
-def compare(shape: str, earliest: float, pairs: int) -> dict[str, object]:
+def compare(shape: str, options: argparse.Namespace) -> None:
     """One shape's line."""
-    tree = random_tree(shape, earliest)
-    line: dict[str, object] = {"benchmark": "rmt_step", "trunk,positions,responses,length": shape}
-    line["positions"] = sorted({branch.position for branch in tree.branches})
-    seconds: dict[str, list[float]] = {"tree": [], "copies": []}
+    tree, model = random_tree(shape, options.earliest), model_of(options)
     with distributed(Parallel(), seed=0):
-        model = build()
-        steps = {variant: micro_batches(variant, tree) for variant in seconds}
-        for variant, batches in steps.items():
-            line[f"{variant}_tokens"] = sum(batch.tokens.numel() for batch in batches)
-            model.train_step(batches, dual_loss)
-        for _ in range(pairs):
-            for variant, batches in steps.items():
-                seconds[variant].append(timed(lambda batches=batches: model.train_step(batches, dual_loss)))
-    return measured(line, seconds, __file__, shape, earliest)
+        trained = build(model)
+        steps = {variant: micro_batches(variant, tree) for variant in VARIANTS}
+        run = {name: lambda batches=batches: trained.train_step(batches, dual_loss) for name, batches in steps.items()}
+        seconds = alternately(run, options.pairs)
+    same = ["--shapes", shape, "--earliest", str(options.earliest)]
+    same += ["--recipe", options.recipe, *(f"--change={change}" for change in options.change)] if options.recipe else []
+    emit(
+        "rmt_step",
+        shape=shape,
+        earliest=options.earliest,
+        **ratio(seconds, over="copies", under="tree"),
+        **predicted(tree, model),
+        **{f"{name}_tokens": sum(batch.tokens.numel() for batch in batches) for name, batches in steps.items()},
+        **{f"{name}_peak_mib": peak_mib(__file__, ["--peak", name, *same]) for name in VARIANTS},
+    )
 
 
-def measured(
-    line: dict[str, object], seconds: dict[str, list[float]], script: str, shape: str, earliest: float
-) -> dict[str, object]:
-    """Complete a line: medians, the second variant over the first pair by pair, peaks in processes of their own."""
-    for variant, values in seconds.items():
-        line[f"{variant}_seconds"] = round(statistics.median(values), 4)
-    ratios = [copied / shared for shared, copied in zip(*seconds.values(), strict=True)]
-    line["ratio"], line["ratios"] = round(statistics.median(ratios), 2), [round(ratio, 2) for ratio in ratios]
-    for variant in seconds:
-        command = [sys.executable, script, "--variant", variant, "--shapes", shape, "--earliest", str(earliest)]
-        quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=quiet)
-        line[f"{variant}_peak_mib"] = round(float(output.stdout.splitlines()[-1]))
-    line["threads"], line["device"] = torch.get_num_threads(), "cuda" if torch.cuda.is_available() else "cpu"
-    return line
-
-
-def main(description: str, variants: Sequence[str], shapes: Sequence[str], compare: Callable, peak: Callable) -> None:
+def main() -> None:
     """Compare every shape; or, in a process of its own, print the peak of one variant."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--shapes", nargs="+", default=shapes, help="trunk,positions,responses,length")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="trunk,positions,responses,length")
     parser.add_argument("--earliest", type=float, default=0.5, help="share of the document before any position")
+    parser.add_argument("--recipe", help="take this recipe's model")
+    parser.add_argument("--change", action="append", default=[], metavar="key=value", help="in the recipe")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--variant", choices=variants, help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="the smallest shape of the small model, 2 pairs")
+    parser.add_argument("--peak", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.variant:
-        print(peak(options.variant, options.shapes[0], options.earliest))
-        return
+    if options.quick:
+        options.shapes, options.pairs, options.recipe = [QUICK], 2, None
     for shape in options.shapes:
-        print(json.dumps(compare(shape, options.earliest, options.pairs)), flush=True)
+        if options.peak:
+            print(peak_of_a_step(options.peak, shape, options.earliest, model_of(options)))
+        else:
+            compare(shape, options)
 
 
 if __name__ == "__main__":
-    main(__doc__.splitlines()[0], ("tree", "copies"), SHAPES, compare, peak_of_a_step)
+    main()

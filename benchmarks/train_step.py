@@ -1,11 +1,12 @@
-"""Training speed of recipes' models on one device: tokens/s, and on a GPU the share of its peak (MFU) and peak memory.
+"""Training speed of recipes' models on one device: tokens/s, TFLOP/s, and on a GPU the share of its peak (MFU).
 
-``python benchmarks/train_step.py small olmo2_1b [--yaml FILE]`` trains each recipe's model for ``--steps`` steps of its
-anneal's micro-batch, from random weights on random tokens, and prints one JSON line per recipe. With ``--yaml`` (for
-instance recipes/variants/fp8.yaml) each is measured without and with the file, in turn, and the line has the ratio.
+``python benchmarks/train_step.py [small olmo2_1b] [--yaml FILE]`` trains each recipe's model for ``--steps`` steps of
+its anneal's micro-batch, from random weights on random tokens, and prints one JSON line per recipe, on a GPU with the
+peak of its memory. With ``--yaml`` (for instance recipes/variants/fp8.yaml) each is measured without and with the file,
+in turn, and the line has the ratio.
 
-MFU counts the model's arithmetic alone, three forwards a step, against the BF16 peak ``cluster.gpu_tflops``: what is
-computed again in backward does not count.
+TFLOP/s are of the model's arithmetic alone (nemo_rmt.model_flops): what is computed again in backward does not count.
+MFU is their share of the BF16 peak ``cluster.gpu_tflops``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from measuring import emit
 
 WARMUP = 2  # steps: caches, allocator, and compilation where there is any
 
@@ -30,8 +33,8 @@ def measure(name: str, files: list[Path], rows: int | None, steps: int) -> dict[
     from nemo_rmt.megatron.model import build_model
     from nemo_rmt.megatron.runtime import distributed
     from nemo_rmt.megatron.train_step import TrainedModel
+    from nemo_rmt.model_flops import training_flops
     from nemo_rmt.plan.parameters import model_vocabulary
-    from nemo_rmt.plan.step_time import forward_flops
     from nemo_rmt.recipe_io import load_recipe
     from nemo_rmt.stages.pretrain import next_token
 
@@ -50,10 +53,11 @@ def measure(name: str, files: list[Path], rows: int | None, steps: int) -> dict[
             model.train_step([batch], next_token)  # ends with the loss on the host
             seconds.append(time.perf_counter() - began)
     speed = rows * stage.sequence_length / statistics.median(seconds[WARMUP:])
+    flops = speed * training_flops(recipe.model, vocab, stage.sequence_length)
     found = {"rows": rows, "sequence_length": stage.sequence_length, "tokens_per_s": round(speed, 1)}
+    found["model_tflops_per_s"] = round(flops / 1e12, 4)
     if gpu:
-        flops = 3 * sum(forward_flops(recipe, vocab, stage.sequence_length / 2))
-        found["mfu"] = round(speed * flops / (recipe.cluster.gpu_tflops * 1e12), 4)
+        found["mfu"] = round(flops / (recipe.cluster.gpu_tflops * 1e12), 4)
         found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     return found
 
@@ -61,27 +65,34 @@ def measure(name: str, files: list[Path], rows: int | None, steps: int) -> dict[
 def main() -> None:
     """Measure every recipe in a process of its own and print one JSON line each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipes", nargs="+")
+    parser.add_argument("recipes", nargs="*", default=["tiny", "small"])
     parser.add_argument("--yaml", type=Path, help="compare with this partial recipe applied")
     parser.add_argument("--rows", type=int, help="rows of a micro-batch (default: the recipe's anneal)")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--quick", action="store_true", help="the recipe tiny, 2 steps")
     parser.add_argument("--inner", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.quick:
+        options.recipes, options.steps = ["tiny"], 2
     if options.inner:
         files = [options.yaml] if options.yaml else []
         print(json.dumps(measure(options.recipes[0], files, options.rows, options.steps)))
         return
     for name in options.recipes:
-        line: dict[str, object] = {"benchmark": "train_step", "recipe": name}
+        found = {}
         for variant in ("plain", "yaml") if options.yaml else ("plain",):
             command = [sys.executable, __file__, name, "--inner", "--steps", str(options.steps)]
             command += ["--rows", str(options.rows)] if options.rows else []
             command += ["--yaml", str(options.yaml)] if variant == "yaml" else []
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            line[variant] = json.loads(output.splitlines()[-1])
+            found[variant] = json.loads(output.splitlines()[-1])
+        line = dict(found["plain"])
         if options.yaml:
-            line["ratio"] = round(line["yaml"]["tokens_per_s"] / line["plain"]["tokens_per_s"], 3)
-        print(json.dumps(line))
+            line |= {
+                f"yaml_{key}": value for key, value in found["yaml"].items() if key not in ("rows", "sequence_length")
+            }
+            line |= {"yaml": options.yaml.name, "ratio": round(line["yaml_tokens_per_s"] / line["tokens_per_s"], 3)}
+        emit("train_step", recipe=name, **line)
 
 
 if __name__ == "__main__":
