@@ -14,42 +14,21 @@ from pathlib import Path
 
 import pytest
 from fake_checkpoint import write_checkpoint
+from fake_flywheel import FIRST, SECOND, changed, fake, ran, small_chain
 
 from nemo_rmt import flywheel, preflight
-from nemo_rmt.config import CachedReference, LMEval, Recipe
-from nemo_rmt.data.logprob_cache import begin, complete
+from nemo_rmt.config import LMEval, Recipe
 from nemo_rmt.errors import UserError
 from nemo_rmt.flywheel import run_flywheel, run_one_stage
 from nemo_rmt.recipe_io import load_recipe, resolved_yaml
 from nemo_rmt.run_folder import RunFolder
-from nemo_rmt.stages.job import StageJob
-
-FAKE_STAGE = Path(__file__).with_name("fake_stage.py")
-FIRST = ["0/data", "0/pretrain", "0/anneal", "0/rmt", "0/sft", "0/rl", "0/evaluate"]
-SECOND = ["1/anneal", "1/rmt", "1/sft", "1/rl", "1/evaluate"]
-
-
-def fake(stage_yaml: Path) -> list[str]:
-    return [sys.executable, str(FAKE_STAGE), str(stage_yaml)]
 
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch) -> Recipe:
-    """tiny without the standard library's text, in a folder of its own; the report is not this file's subject."""
+    """A chain in a folder of its own; the report is not this file's subject."""
     monkeypatch.setattr(flywheel, "_write_report", lambda run: 0)
-    return load_recipe("tiny", [], [f"run_dir={tmp_path / 'run'}", "data.corpora=[{name: programs, kind: chains}]"])
-
-
-def changed(recipe: Recipe, **values: object) -> Recipe:
-    return recipe.model_copy(update=values, deep=True)
-
-
-def ran(recipe: Recipe) -> list[str]:
-    """What ran since the last call."""
-    path = Path(recipe.run_dir) / "ran.txt"
-    lines = path.read_text().splitlines() if path.exists() else []
-    path.unlink(missing_ok=True)
-    return lines
+    return small_chain(tmp_path / "run")
 
 
 def faults(recipe: Recipe, **plan: object) -> None:
@@ -301,7 +280,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 sys.path.insert(0, sys.argv[2])
 from nemo_rmt import flywheel
 from nemo_rmt.recipe_io import load_recipe
-from test_flywheel import fake
+from fake_flywheel import fake
 flywheel._write_report = lambda run: 0
 sys.exit(flywheel.run_flywheel(load_recipe(None, [Path(sys.argv[1])], []), command=fake))
 """
@@ -313,7 +292,7 @@ def hanging(recipe, tmp_path) -> Iterator[tuple[subprocess.Popen, int]]:
 
     faults(recipe, **{"0_pretrain": "hang"})
     (tmp_path / "recipe.yaml").write_text(resolved_yaml(recipe, comments=False))
-    starter = subprocess.Popen([sys.executable, "-c", STARTER, str(tmp_path / "recipe.yaml"), str(FAKE_STAGE.parent)])
+    starter = subprocess.Popen([sys.executable, "-c", STARTER, str(tmp_path / "recipe.yaml"), str(Path(__file__).parent)])
     pid = Path(recipe.run_dir) / "worker.pid"
     deadline = time.monotonic() + 30
     while not (pid.exists() and pid.read_text()):
@@ -359,60 +338,3 @@ def test_a_killed_worker_is_a_failed_stage_with_its_signal(recipe, hanging):
     os.kill(worker, signal.SIGKILL)
     assert starter.wait(15) == 1
     assert RunFolder(Path(recipe.run_dir)).load_state().record(0, "pretrain").status == "failed"
-
-
-@pytest.fixture
-def cached(recipe, tmp_path, monkeypatch) -> tuple[Recipe, list[Path]]:
-    """The recipe with a cache for its reference, and the data folders that this is compared with."""
-    plan = {"format": 1, "corpora": {}, "tokenizer": "t", "precision": "fp32", "sequence_length": 128}
-    begin(tmp_path / "cache", {**plan, "model": {"digest": "m", "path": "/model"}})
-    complete(tmp_path / "cache", {})
-    compared: list[Path] = []
-    monkeypatch.setattr(preflight, "require_fitting", lambda cache, recipe, reference, data: compared.append(data))
-    remit = recipe.anneal.remit.model_copy(update={"reference": CachedReference(cache=str(tmp_path / "cache"))})
-    return changed(recipe, anneal=recipe.anneal.model_copy(update={"remit": remit})), compared
-
-
-def test_every_anneal_reads_the_cache_which_is_compared_with_the_data_once_that_is_built(cached):
-    recipe, compared = cached
-    assert run_flywheel(recipe, command=fake) == 0
-    assert ran(recipe) == FIRST + SECOND
-    run = RunFolder(Path(recipe.run_dir))
-    assert compared == [run.stage_dir(0, "data")]
-    for iteration in (0, 1):
-        job = StageJob.load(run.stage_dir(iteration, "anneal") / "stage.yaml")
-        assert job.recipe.anneal.objective == "remit"
-        assert job.inputs["cache"] == recipe.anneal.remit.reference.cache and "reference" not in job.inputs
-
-
-def test_data_that_the_cache_is_not_of_ends_the_run_before_anything_is_trained(cached, monkeypatch):
-    recipe, _ = cached
-
-    def refuse(*arguments: object) -> None:
-        raise UserError("another dataset")
-
-    monkeypatch.setattr(preflight, "require_fitting", refuse)
-    with pytest.raises(UserError, match="another dataset"):
-        run_flywheel(recipe, command=fake)
-    assert ran(recipe) == ["0/data"]
-    with pytest.raises(UserError, match="another dataset"):
-        run_flywheel(recipe, command=fake)
-    assert ran(recipe) == []
-
-
-def test_another_cache_in_its_place_anneals_again(cached, tmp_path):
-    recipe, _ = cached
-    assert run_flywheel(recipe, command=fake) == 0
-    ran(recipe)
-    manifest = tmp_path / "cache" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"m"', '"n"'))
-    assert run_flywheel(recipe, command=fake) == 0
-    assert ran(recipe) == [*FIRST[2:], *SECOND]
-
-
-def test_a_cache_that_is_not_finished_is_refused_before_anything_starts(cached, tmp_path):
-    recipe, _ = cached
-    (tmp_path / "cache" / "manifest.json").unlink()
-    with pytest.raises(UserError, match="anneal.remit.reference.cache=.* is not finished.*nemo-rmt data score again"):
-        run_flywheel(recipe, command=fake)
-    assert run_one_stage(recipe, "data", 0, download=True, command=fake) == 0  # it is scored of the data

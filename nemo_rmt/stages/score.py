@@ -25,7 +25,7 @@ from nemo_rmt.data.packing import first_fit_decreasing
 from nemo_rmt.megatron.datasets import Documents
 from nemo_rmt.megatron.hugging_face import load_published, published_files
 from nemo_rmt.megatron.model import build_model
-from nemo_rmt.megatron.train_step import ScoredModel
+from nemo_rmt.megatron.train_step import FrozenModel, ScoredModel
 from nemo_rmt.profiling import part
 from nemo_rmt.stages.session import Session
 
@@ -106,16 +106,14 @@ def is_there(folder: Path, block: Block) -> bool:
     return logprob_cache.is_written(block_path(folder, block.corpus, block.number), block.tokens)
 
 
-def scoring_model(session: Session) -> ScoredModel:
+def scoring_model(session: Session) -> FrozenModel:
     """The checkpoint, or the published model, that the job names. The recipe's model section describes it."""
     if session.job.input_folder(session.folder, "published") is None:
         return session.frozen_model(session.require_input("checkpoint"))
     folder, recipe = session.require_input("published"), session.recipe
     chunks = build_model(recipe.model, recipe.parallel, session.vocab_size, initialize=False)
     load_published(published_files(folder, recipe.model), recipe.model, chunks)
-    for chunk in chunks:
-        chunk.requires_grad_(False)
-    return ScoredModel(chunks, recipe.parallel)
+    return FrozenModel(chunks, recipe.parallel)
 
 
 def score_documents(
