@@ -11,18 +11,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fake_flywheel import fake
 
 from nemo_rmt import cli, flywheel
 from nemo_rmt.recipe_io import load_recipe
 from nemo_rmt.stages.job import StageJob
 from nemo_rmt.status import ago
 
-FAKE_STAGE = Path(__file__).with_name("fake_stage.py")
 NO_TEXT = "data.corpora=[{name: programs, kind: chains}]"
-
-
-def fake(stage_yaml: Path) -> list[str]:
-    return [sys.executable, str(FAKE_STAGE), str(stage_yaml)]
 
 
 @pytest.fixture

@@ -292,7 +292,9 @@ def hanging(recipe, tmp_path) -> Iterator[tuple[subprocess.Popen, int]]:
 
     faults(recipe, **{"0_pretrain": "hang"})
     (tmp_path / "recipe.yaml").write_text(resolved_yaml(recipe, comments=False))
-    starter = subprocess.Popen([sys.executable, "-c", STARTER, str(tmp_path / "recipe.yaml"), str(Path(__file__).parent)])
+    starter = subprocess.Popen(
+        [sys.executable, "-c", STARTER, str(tmp_path / "recipe.yaml"), str(Path(__file__).parent)]
+    )
     pid = Path(recipe.run_dir) / "worker.pid"
     deadline = time.monotonic() + 30
     while not (pid.exists() and pid.read_text()):
