@@ -25,7 +25,7 @@ STRIKES_IN_STEPS = STEPS // 2 - 1
 """Of each stage. Such an event may take up two steps: the one it strikes in, and the first that the next start logs."""
 SCRIPT_OF = {"sft": "posttrain", "rl": "posttrain"}
 """Where it does not have the stage's name."""
-HANG_S = 20.0
+HANG_S = 45.0
 """More than a rank takes to start, in which it does nothing that counts as progress."""
 FLYWHEEL_S = 120.0
 """Seconds that what is left of the flywheel after the last event may take."""

@@ -12,7 +12,7 @@ from slurm_runs import SCRIPTS
 
 from nemo_rmt.manifest import latest_step
 
-HANG_S = 15.0
+HANG_S = 45.0
 """More than a rank takes to start, in which it does nothing that counts as progress."""
 MARGIN_S = 10.0
 """How much later than that a hang may be over."""
