@@ -82,8 +82,9 @@ def cached_logprobs(session: Session, model: ScoredModel, rows: list[Stretches])
         chosen = numpy.unique(numpy.concatenate([row.documents for row in rows if row.prefix == prefix]))
         lengths = documents.lengths[chosen]
         tokens = numpy.concatenate([documents.tokens(document, document + 1) for document in chosen.tolist()])
-        numbers = score_documents(session, model, tokens, lengths, session.settings.sequence_length, lambda share: None)
-        logprobs = decode(numbers)
+        limit = session.settings.sequence_length
+        numbers, *_ = score_documents(session, model, tokens, lengths, limit, lambda share: None)
+        logprobs = decode(numbers[:, 0])
         # Where each chosen document begins, among the chosen and in the dataset.
         moved = dict(zip(chosen.tolist(), numpy.cumsum(lengths) - lengths, strict=True))
         starts = numpy.cumsum(documents.lengths) - documents.lengths

@@ -9,14 +9,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from nemo_rmt.config import CachedReference, Recipe
+from nemo_rmt.config import EARLIER_MODELS, CachedReference, Recipe
 from nemo_rmt.recipe_io import changed_keys, describe_change
 
 MAY_CHANGE = (
     "name", "run_dir", "iterations", "cluster.*", "tracking.*", "parallel.tensor", "parallel.pipeline",
     "parallel.virtual_pipeline", "parallel.context", "parallel.sequence", "parallel.overlap", "parallel.recompute",
     "flywheel.keep_checkpoints", "flywheel.async_save", "flywheel.restarts", "*.checkpoint_interval",
-    "*.micro_batch_size", "*.optim.max_skipped", "anneal.remit.offload",
+    "*.micro_batch_size", "*.optim.max_skipped", "anneal.*.offload",
     "model.logprob_chunk", "rollout.mismatch_*", "rollout.vllm.*", "evaluate.lm_eval.*",
 )  # fmt: skip
 """Keys that do not decide a run's results: another start of the same run may give them other values."""
@@ -48,7 +48,7 @@ def plan_chain(recipe: Recipe) -> list[PlannedStage]:
     """Every stage of every iteration in the order they run.
 
     Iteration 0 builds the data, pre-trains (unless pretrain.checkpoint is given) and anneals uniformly,
-    because there is no RL model yet (unless remit.reference is a checkpoint or a cache). Later iterations anneal
+    because there is no RL model yet (unless its reference is a checkpoint or a cache). Later iterations anneal
     the pre-training checkpoint afresh, or the last base (flywheel.start_from: previous). Stages that are not
     enabled are left out: the next one starts from what the last one before it made.
     """
@@ -74,7 +74,7 @@ def plan_chain(recipe: Recipe) -> list[PlannedStage]:
             note = ""
             if stage == "anneal":
                 note = "uniform"
-                if recipe.anneal.objective == "remit":
+                if recipe.anneal.guide is not None:
                     source, note = _reference(recipe, iteration)
                     inputs |= source
             latest = measured[stage] = StageRef(iteration, stage)
@@ -86,13 +86,16 @@ def plan_chain(recipe: Recipe) -> list[PlannedStage]:
 
 
 def _reference(recipe: Recipe, iteration: int) -> tuple[dict[str, StageRef | Path], str]:
-    """What weights an anneal's tokens, by role, and the note that says so: nothing when there is no RL model yet."""
-    reference = recipe.anneal.remit.reference
+    """What guides an anneal, by role, and the note that says so: nothing when there is no RL model yet."""
+    objective, reference = recipe.anneal.objective, recipe.anneal.guide.reference
     if isinstance(reference, CachedReference):
-        return {"cache": Path(reference.cache).absolute()}, "remit (cached)"
-    if reference != "previous":
-        return {"reference": Path(reference).absolute()}, "remit"
-    return ({"reference": StageRef(iteration - 1, "rl")}, "remit") if iteration else ({}, "uniform: no RL model yet")
+        return {"cache": Path(reference.cache).absolute()}, f"{objective} (cached)"
+    if reference not in EARLIER_MODELS:
+        return {"reference": Path(reference).absolute()}, objective
+    made_by = EARLIER_MODELS[reference]
+    if not iteration:
+        return {}, f"uniform: no {made_by.upper()} model yet"
+    return {"reference": StageRef(iteration - 1, made_by)}, objective + ("" if made_by == "rl" else " (SFT model)")
 
 
 def fixed_differences(a: Recipe, b: Recipe) -> list[str]:

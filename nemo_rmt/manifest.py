@@ -168,7 +168,12 @@ def latest_checkpoint(stage_dir: Path) -> Path | None:
 def latest_step(stage_dir: Path) -> int:
     """The step of the newest complete checkpoint, 0 without one. Raises UserError when it has another format."""
     folder = latest_checkpoint(stage_dir)
-    return 0 if folder is None else int(folder.name.removeprefix("step_"))
+    return 0 if folder is None else checkpoint_step(folder)
+
+
+def checkpoint_step(folder: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def system_error(error: BaseException) -> OSError | None:

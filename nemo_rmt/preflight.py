@@ -112,6 +112,10 @@ def check_machine(recipe: Recipe) -> None:
     if recipe.model.layers == "transformer_engine" and not gpus:
         remedy = "model.layers=local" + (" and model.fp8=null" if recipe.model.fp8 else "")
         raise UserError(f"model.layers=transformer_engine needs a GPU and none is visible: set {remedy}")
+    guide = recipe.anneal.guide if recipe.anneal.enabled else None
+    if guide is not None and guide.offload and not gpus:
+        key = f"{recipe.anneal.guide_key}.offload"
+        raise UserError(f"{key}=true makes room on a GPU and none is visible: set {key}=false")
     check_accelerator(recipe)
     check_sampler(recipe)
     require_installed(recipe)

@@ -19,22 +19,27 @@ if TYPE_CHECKING:
 
 def cached_reference(recipe: Recipe) -> CachedReference | None:
     """The recipe's cache of reference log-probabilities, None when it has none or does not use it."""
-    anneal = recipe.anneal
-    if anneal.enabled and anneal.objective == "remit" and isinstance(anneal.remit.reference, CachedReference):
-        return anneal.remit.reference
-    return None
+    guide = recipe.anneal.guide if recipe.anneal.enabled else None
+    return guide.reference if guide is not None and isinstance(guide.reference, CachedReference) else None
 
 
 def open_reference(recipe: Recipe, folder: Path) -> LogprobCache:
     """A cache for the recipe's anneal to read. Raises UserError when it cannot be used, whatever the data."""
     from nemo_rmt.data.logprob_cache import LogprobCache  # here: the driver starts without numpy
 
+    key = f"{recipe.anneal.guide_key}.reference"
     if not recipe.data.document_attention:
         raise UserError(
-            "anneal.remit.reference.cache has no number for the first token of a document: set "
-            "data.document_attention=true, or name a checkpoint as anneal.remit.reference"
+            f"{key}.cache has no number for the first token of a document: set data.document_attention=true, or name a "
+            f"checkpoint as {key}"
         )
-    return LogprobCache(folder)
+    cache = LogprobCache(folder, key)
+    if recipe.anneal.objective == "distill" and not cache.top_k:
+        raise UserError(
+            f"{key}.cache={folder} has no other tokens than the text's: make one with nemo-rmt data score top_k=32, or "
+            f"name a checkpoint as {key}"
+        )
+    return cache
 
 
 def require_fitting(cache: LogprobCache, recipe: Recipe, reference: CachedReference, data: Path) -> None:
@@ -44,7 +49,7 @@ def require_fitting(cache: LogprobCache, recipe: Recipe, reference: CachedRefere
     tokenizer = Tokenizer.load(data / "tokenizer").fingerprint
     model = None
     if reference.checkpoint is not None:
-        model = model_digest(Path(reference.checkpoint), "anneal.remit.reference.checkpoint")
+        model = model_digest(Path(reference.checkpoint), f"{recipe.anneal.guide_key}.reference.checkpoint")
     cache.require(training_data(recipe, data), tokenizer, model)
 
 

@@ -214,8 +214,8 @@ def check_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(nearest_existing(path)).free
     if free < needed:
         raise UserError(
-            f"run_dir={path} has {_size(free)} free, the run needs about {_size(needed)}: free some space, "
-            "lower flywheel.keep_checkpoints or choose another run_dir"
+            f"run_dir={path} has {readable_size(free)} free, the run needs about {readable_size(needed)}: free some "
+            "space, lower flywheel.keep_checkpoints or choose another run_dir"
         )
 
 
@@ -227,7 +227,8 @@ def nearest_existing(path: Path) -> Path:
     return path
 
 
-def _size(num_bytes: float) -> str:
+def readable_size(num_bytes: float) -> str:
+    """Bytes for people."""
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 

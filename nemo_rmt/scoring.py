@@ -1,4 +1,5 @@
-"""``nemo-rmt data score``: a checkpoint's log-probability of every training token of a run, kept in a folder.
+"""``nemo-rmt data score``: a checkpoint's log-probability of every training token of a run, kept in a folder; with
+``top_k`` also of the likeliest tokens in its place.
 
 The folder is that of a stage named score, which runs on all ranks of the recipe's layout. Imports no torch.
 """
@@ -6,13 +7,15 @@ The folder is that of a stage named score, which runs on all ranks of the recipe
 from __future__ import annotations
 
 import functools
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_rmt import preflight
-from nemo_rmt.compatibility import NOT_ARCHITECTURE, architecture, require_compatible
+from nemo_rmt.compatibility import NOT_ARCHITECTURE, architecture, model_vocab_size, require_compatible
 from nemo_rmt.config import Model, Recipe
+from nemo_rmt.data.cache_blocks import kinds_of
 from nemo_rmt.data.logprob_cache import FORMAT, MANIFEST, LogprobCache, begin
 from nemo_rmt.errors import UserError
 from nemo_rmt.exit_codes import DONE
@@ -25,7 +28,7 @@ from nemo_rmt.lone_stage import exit_status
 from nemo_rmt.manifest import inspect_checkpoint
 from nemo_rmt.recipe_io import validate
 from nemo_rmt.reference_cache import is_published, model_digest, training_data
-from nemo_rmt.run_folder import RunFolder, check_writable
+from nemo_rmt.run_folder import RunFolder, check_writable, nearest_existing, readable_size
 from nemo_rmt.stages.job import StageJob
 
 
@@ -39,33 +42,45 @@ class Scoring:
     """The folder to write, or to go on with."""
     sequence_length: int
     """Most tokens of a document that the model sees at once."""
+    top_k: int = 0
+    """How many of the likeliest tokens are kept in the place of each; 0: log-probabilities of the tokens alone."""
 
     @classmethod
-    def of(cls, recipe: Recipe, checkpoint: str, cache: str, sequence_length: str | None = None) -> Scoring:
-        """From the command's words. Raises UserError for a number that is none, or of less than 2."""
+    def of(
+        cls, recipe: Recipe, checkpoint: str, cache: str, sequence_length: str | None = None, top_k: str | None = None
+    ) -> Scoring:
+        """From the command's words. Raises UserError for a number that is none, or too small."""
         given = str(recipe.anneal.sequence_length) if sequence_length is None else sequence_length
-        if not given.isdecimal() or int(given) < 2:
-            raise UserError(f"sequence_length={given} is not a whole number of 2 or more")
-        return cls(Path(checkpoint).absolute(), Path(cache).absolute(), int(given))
+        longest, kept = _number(given, 2, "sequence_length"), 0 if top_k is None else _number(top_k, 1, "top_k")
+        return cls(Path(checkpoint).absolute(), Path(cache).absolute(), longest, kept)
+
+
+def _number(given: str, least: int, key: str) -> int:
+    """A whole number from the command's words."""
+    if not given.isdecimal() or int(given) < least:
+        raise UserError(f"{key}={given} is not a whole number of {least} or more")
+    return int(given)
 
 
 def run_scoring(recipe: Recipe, scoring: Scoring, command: Command = worker_command) -> int:
     """Write the cache, or what is missing of it; returns the exit status as run_flywheel does.
 
     Raises UserError before anything is started when the run's data is not built, the model cannot score it, or the
-    cache was begun as another one.
+    cache was begun as another one or has no room.
     """
     data = built_data(recipe)
     job = scoring_job(recipe, scoring, data)
     preflight.check_machine(job.recipe)
+    guide = recipe.anneal.guide_key if recipe.anneal.guide is not None else "anneal.remit"
 
     def lead(meeting: Meeting) -> int:
         check_writable(scoring.cache, "cache")
         plan = cache_plan(job.recipe, scoring, data)
         with RunFolder(scoring.cache).lock() as lock:
+            check_room(scoring.cache, plan, training_tokens(recipe))
             begin(scoring.cache, plan)
             if is_complete(scoring.cache):
-                print(f"{scoring.cache} is complete: set anneal.remit.reference.cache={scoring.cache}")
+                print(f"{scoring.cache} is complete: set {guide}.reference.cache={scoring.cache}")
                 return DONE
             for name in (MANIFEST, "result.json"):
                 (scoring.cache / name).unlink(missing_ok=True)
@@ -73,7 +88,7 @@ def run_scoring(recipe: Recipe, scoring: Scoring, command: Command = worker_comm
             job.save(stage_yaml)
             status = exit_status(run_stage(stage_yaml, job.recipe, command, meeting, lock), "data score")
         if status == DONE:
-            print(f"wrote {scoring.cache}: set anneal.remit.reference.cache={scoring.cache}")
+            print(f"wrote {scoring.cache}: set {guide}.reference.cache={scoring.cache}")
         return status
 
     check = functools.partial(preflight.check_machine, job.recipe)
@@ -89,6 +104,26 @@ def built_data(recipe: Recipe) -> Path:
             f"run_dir={run.path} has no data to score yet: nemo-rmt data build {recipe.name} run_dir={run.path} first"
         )
     return run.stage_dir(0, "data").absolute()
+
+
+def training_tokens(recipe: Recipe) -> int:
+    """Tokens of the datasets that training reads, as the data stage counted them."""
+    metrics = RunFolder(Path(recipe.run_dir)).result(0, "data")["metrics"]
+    return int(sum(metrics[f"data/{corpus.name}/train_tokens"] for corpus in recipe.data.corpora if corpus.weight))
+
+
+def check_room(folder: Path, plan: dict[str, Any], tokens: int) -> None:
+    """Say what a cache takes; raise UserError unless what is not written of it has room."""
+    needed = tokens * sum(kind.token_bytes for kind in kinds_of(plan))
+    print(f"{tokens:,} tokens take {readable_size(needed)} in {folder}", flush=True)
+    needed -= sum(path.stat().st_size for path in folder.glob("*/block_*"))
+    free = shutil.disk_usage(nearest_existing(folder)).free
+    if free < needed:
+        remedy = "free some space, lower top_k" if plan["top_k"] else "free some space"
+        raise UserError(
+            f"cache={folder} has {readable_size(free)} free, {readable_size(needed)} are to come: {remedy}, or give "
+            "another cache="
+        )
 
 
 def scoring_job(recipe: Recipe, scoring: Scoring, data: Path) -> StageJob:
@@ -119,6 +154,11 @@ def scoring_job(recipe: Recipe, scoring: Scoring, data: Path) -> StageJob:
     else:
         role = "checkpoint"
         require_compatible(checkpoint, model, tokenizer.vocab_size, tokenizer.fingerprint)
+    vocab_size = model_vocab_size(model, tokenizer.vocab_size)
+    if scoring.top_k > vocab_size:
+        raise UserError(
+            f"top_k={scoring.top_k} exceeds the {vocab_size} tokens that checkpoint={checkpoint} predicts over"
+        )
     own = validate(Recipe, {**recipe.model_dump(), "model": model.model_dump()})
     inputs = {"data": str(data), role: str(checkpoint)}
     return StageJob(stage="score", iteration=0, run_dir=".", inputs=inputs, recipe=own)
@@ -146,10 +186,12 @@ def cache_plan(recipe: Recipe, scoring: Scoring, data: Path) -> dict[str, Any]:
     """What the cache is of: see ``nemo_rmt.data.logprob_cache``. recipe: the job's."""
     from nemo_rmt.data.tokenizer import Tokenizer
 
+    tokenizer = Tokenizer.load(data / "tokenizer")
     return {
         "format": FORMAT,
         "corpora": {name: {"dataset": found} for name, found in training_data(recipe, data).items()},
-        "tokenizer": Tokenizer.load(data / "tokenizer").fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+        "vocab_size": model_vocab_size(recipe.model, tokenizer.vocab_size),
         "model": {
             "digest": model_digest(scoring.checkpoint, "checkpoint"),
             "path": str(scoring.checkpoint),
@@ -157,6 +199,7 @@ def cache_plan(recipe: Recipe, scoring: Scoring, data: Path) -> dict[str, Any]:
         },
         "precision": recipe.model.fp8 or recipe.model.precision,
         "sequence_length": scoring.sequence_length,
+        "top_k": scoring.top_k,
         "overlap": scoring.sequence_length - scoring.sequence_length // 2,
     }
 

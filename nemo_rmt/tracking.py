@@ -44,8 +44,9 @@ def _parse(line: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
-SKIPPED, SAMPLES = "skipped.jsonl", "samples.jsonl"
-"""Files of steps beside metrics.jsonl: those that were skipped, and what every step was made of."""
+SKIPPED, SAMPLES, WEIGHTS = "skipped.jsonl", "samples.jsonl", "weights.jsonl"
+"""Files of steps beside metrics.jsonl: those that were skipped, what every step was made of, and a few rows of text
+with the weight of each token."""
 
 
 class Metrics:
@@ -85,7 +86,7 @@ class Metrics:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
         _truncate(path, self.resume_step)
-        for name in (SKIPPED, SAMPLES):
+        for name in (SKIPPED, SAMPLES, WEIGHTS):
             if (self.folder / name).exists():
                 _truncate(self.folder / name, self.resume_step)
         self._file = path.open("a", encoding="utf-8")
@@ -126,7 +127,7 @@ class Metrics:
         self._progress.show(step, values)
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Write a step's record, with its "step", to SKIPPED or SAMPLES. Values that are not finite become null."""
+        """Write a step's record, with its "step", to SKIPPED, SAMPLES or WEIGHTS. What is not finite becomes null."""
         if not self.enabled:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}

@@ -42,6 +42,14 @@ def test_a_cache_of_the_references_numbers_guides_every_iteration_and_no_referen
         assert planned.inputs["cache"] == Path("/cache") and "reference" not in planned.inputs
 
 
+@pytest.mark.parametrize("objective", ["remit", "rho1", "distill"])
+def test_the_sft_model_may_guide_every_objective_from_iteration_1_on(objective):
+    words = [f"anneal.objective={objective}", f"anneal.{objective}.reference=previous_sft", "rl.enabled=false"]
+    first, second = (each for each in plan_chain(load_recipe("tiny", [], words)) if each.ref.stage == "anneal")
+    assert first.note == "uniform: no SFT model yet" and "reference" not in first.inputs
+    assert second.note == f"{objective} (SFT model)" and second.inputs["reference"] == StageRef(0, "sft")
+
+
 def test_start_from_previous_continues_the_last_base():
     chain = plan_chain(load_recipe("tiny", [], ["flywheel.start_from=previous", "anneal.objective=uniform"]))
     anneal = next(planned for planned in chain if planned.ref == StageRef(1, "anneal"))
@@ -69,6 +77,8 @@ def test_without_rmt_the_next_iteration_continues_from_the_anneal():
     [
         ([f"{stage}.enabled=false" for stage in ("anneal", "rmt", "sft", "rl")], "all disabled"),
         (["rl.enabled=false"], "anneal.remit.reference=previous"),
+        (["anneal.objective=rho1", "rl.enabled=false"], "anneal.rho1.reference=previous takes the RL model"),
+        (["anneal.remit.reference=previous_sft", "sft.enabled=false"], "takes the SFT model .* sft.enabled=false"),
     ],
 )
 def test_a_chain_that_cannot_be_is_refused(overrides, words):

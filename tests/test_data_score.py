@@ -8,14 +8,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
 from fake_checkpoint import write_checkpoint
 from small_recipe import small_recipe
 
-from nemo_rmt import cli
+from nemo_rmt import cli, scoring
 from nemo_rmt.config import Model
+from nemo_rmt.data.logprob_cache import LogprobCache, Stretches
 from nemo_rmt.data.tokenizer import Tokenizer
 from nemo_rmt.families import config_json
 from nemo_rmt.recipe_io import resolved_yaml
@@ -66,6 +68,12 @@ def numbers(cache: Path) -> numpy.ndarray:
     return numpy.fromfile(cache / "chains" / "block_00000.u16", dtype="<u2").astype(int)
 
 
+def whole(cache: Path) -> Stretches:
+    """The first corpus's tokens as one stretch of a row."""
+    first, size = (numpy.array([each]) for each in (0, len(numbers(cache))))
+    return Stretches(Path("run/chains/train"), first, first, size)
+
+
 def test_a_run_is_scored_and_annealed_by_the_numbers(run):
     scored = ["data", "score", *words(run), f"checkpoint={checkpoint(run)}", f"cache={run / 'cache'}"]
     output = nemo_rmt(*scored)
@@ -87,8 +95,12 @@ def test_a_published_model_gives_the_numbers_of_the_checkpoint_it_was_made_of(ru
     published = run / "published"
     nemo_rmt("export", f"source={checkpoint(run)}", f"target={published}")
     for name, model in (("own", checkpoint(run)), ("theirs", published)):
-        nemo_rmt("data", "score", *words(run), f"checkpoint={model}", f"cache={run / name}", "sequence_length=32")
+        score = ["data", "score", *words(run), f"checkpoint={model}", f"cache={run / name}", "sequence_length=32"]
+        assert f" tokens take 0.5 MiB in {run / name}" in nemo_rmt(*score, "top_k=2")
     assert numpy.abs(numbers(run / "own") - numbers(run / "theirs")).max() <= 1
+    likeliest = [LogprobCache(run / name).top([whole(run / name)]) for name in ("own", "theirs")]
+    assert likeliest[0][0].shape == likeliest[0][1].shape == (1, len(numbers(run / "own")), 2)
+    assert (likeliest[0][0] == likeliest[1][0]).mean() > 0.999
     manifests = [json.loads((run / name / "manifest.json").read_text()) for name in ("own", "theirs")]
     assert manifests[0]["model"]["digest"] != manifests[1]["model"]["digest"]
     assert manifests[0]["model"]["architecture"] == manifests[1]["model"]["architecture"]
@@ -122,10 +134,20 @@ def test_a_model_that_cannot_score_the_data_is_refused(run, tmp_path, refusal):
         assert words_ in refusal(f"checkpoint={folder}")
     good = write_checkpoint(tmp_path / "good", model.model_dump(), **fitting)
     assert "sequence_length=500 exceeds the 128 positions" in refusal(f"checkpoint={good}", "sequence_length=500")
+    for top_k in ("0", "-1", "few"):
+        assert f"top_k={top_k} is not a whole number of 1 or more" in refusal(f"checkpoint={good}", f"top_k={top_k}")
+    assert f"top_k=9999 exceeds the {tokenizer.vocab_size} tokens" in refusal(f"checkpoint={good}", "top_k=9999")
     layout = ["parallel.tensor=4", "cluster.gpus_per_node=4"]
     assert "parallel.tensor=4 does not divide model.num_query_groups=2" in refusal(f"checkpoint={good}", *layout)
     assert "does not exist" in refusal("checkpoint=/does/not/exist")
     assert "holds a run of another recipe" in refusal(f"checkpoint={good}", "anneal.steps=9")
+
+
+def test_a_cache_that_has_no_room_is_refused_before_anything_is_scored(run, tmp_path, refusal, monkeypatch):
+    monkeypatch.setattr(scoring.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    full = refusal(f"checkpoint={checkpoint(run)}", "top_k=2")
+    assert f"cache={tmp_path / 'cache'} has 0.0 MiB free, 0.5 MiB are to come: free some space, lower top_k" in full
+    assert not (tmp_path / "cache" / "plan.json").exists()  # another top_k may begin there
 
 
 def published(folder: Path, model: Model, vocab_size: int, tokenizer: Path | None) -> Path:

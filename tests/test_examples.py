@@ -59,13 +59,13 @@ def test_a_new_objective_trains_from_a_finished_runs_stage_file(tmp_path):
         run("-m", "nemo_rmt.stages", folder / stage / "stage.yaml")
         inputs = {"data": "iteration_000/data"}
     checkpoint = "iteration_000/pretrain/checkpoints/step_00000005"
-    inputs |= {"checkpoint": checkpoint, "reference": checkpoint}
+    inputs |= {"checkpoint": checkpoint}
     StageJob(stage="anneal", iteration=0, inputs=inputs, recipe=recipe).save(folder / "anneal" / "stage.yaml")
-    run(EXAMPLES / "rho1.py", folder / "anneal" / "stage.yaml", folder / "rho1")
-    steps = read_metrics(folder / "rho1" / "metrics.jsonl")
+    run(EXAMPLES / "selective.py", folder / "anneal" / "stage.yaml", folder / "selective")
+    steps = read_metrics(folder / "selective" / "metrics.jsonl")
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5]
-    assert all(step["rho1/selected"] == pytest.approx(0.6, abs=0.02) for step in steps)
-    assert json.loads((folder / "rho1" / "result.json").read_text())["status"] == "done"
+    assert all(step["selective/selected"] == pytest.approx(0.7, abs=0.02) for step in steps)
+    assert json.loads((folder / "selective" / "result.json").read_text())["status"] == "done"
 
 
 @pytest.mark.slow

@@ -223,6 +223,13 @@ def test_without_a_gpu_the_recipe_says_what_its_gpus_can_do(tmp_path, monkeypatc
         check(tiny(tmp_path, *FP8))
 
 
+def test_offloading_the_reference_is_refused_where_no_gpu_is_visible(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UserError, match="anneal.rho1.offload=true makes room on a GPU and none is visible: set"):
+        check(tiny(tmp_path, "anneal.objective=rho1", "anneal.rho1.offload=true"))
+    check(tiny(tmp_path, "anneal.objective=rho1", "anneal.remit.offload=true"))
+
+
 def test_corpora_of_the_hub_may_be_fetched_only_when_that_is_asked_for(tmp_path):
     recipe = tiny(tmp_path, "data.corpora=[{name: web, kind: hub, path: owner/name}]")
     with pytest.raises(UserError, match="nemo-rmt data build"):

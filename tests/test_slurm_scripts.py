@@ -18,7 +18,7 @@ import pytest
 
 SLURM = Path(__file__).parents[1] / "slurm"
 SCRIPTS = sorted(SLURM.glob("*.sh"))
-BATCH = [path for path in SCRIPTS if path.name not in ("launch.sh", "flywheel_14b.sh")]
+BATCH = [path for path in SCRIPTS if path.name not in ("launch.sh", "flywheel_14b.sh", "experiment.sh")]
 CHAIN = "0 data|0 pretrain|0 anneal|0 rmt|0 sft|0 rl|0 evaluate|1 anneal|1 rmt|1 sft|1 rl|1 evaluate".split("|")
 
 STAND_INS = {
@@ -51,6 +51,7 @@ STAND_INS = {
             plan) echo "nemo-rmt $*" >>"$WORK/calls"; exit "$(cat "$WORK/plan")" ;;
             report) echo "nemo-rmt $*" >>"$WORK/calls" ;;
             stage) echo "nemo-rmt $* MASTER_ADDR=$MASTER_ADDR" >>"$WORK/calls"; . "$WORK/stage" ;;
+            experiment) echo "nemo-rmt $*" >>"$WORK/calls"; . "$WORK/stage" ;;
         esac
     """,
 }
@@ -101,6 +102,15 @@ class Site:
                 timeout=60,
                 check=False,
             )
+        return done.returncode, (self.work / "log").read_text().splitlines()
+
+    def experiment(self, *words: str, **values: str) -> tuple[int, list[str]]:
+        """Run a task of an experiment's array; its exit code and log."""
+        task = {"SLURM_JOB_ID": "8", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_NODELIST": "n1"}
+        with (self.work / "log").open("w") as log:
+            command = ["bash", str(SLURM / "experiment.sh"), *words]
+            environment = self.environment(**task, **values)
+            done = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=60, check=False)
         return done.returncode, (self.work / "log").read_text().splitlines()
 
     def flywheel(self, *words: str, **values: str) -> subprocess.CompletedProcess[str]:
@@ -364,3 +374,35 @@ def test_a_recipe_without_some_stages_has_no_jobs_for_them(site):
     site.write(status="0\tdata\tpending\n0\trmt\tpending\n0\tevaluate\tpending")
     assert site.flywheel().returncode == 0
     assert [line.split("/")[-1].split()[0] for line in site.lines("submitted")] == ["rmt_14b.sh", "evaluate_14b.sh"]
+
+
+def test_every_task_of_an_array_works_on_the_same_experiment(site):
+    code, log = site.experiment("remit_vs_baselines", "--jobs", "2", "anneal.steps=3")
+    assert code == 0
+    words = "nemo-rmt experiment remit_vs_baselines --jobs 2 anneal.steps=3"
+    assert site.lines("calls") == [f"srun --nodes=1 --ntasks=1 --cpu-bind=none {words}", words]
+    assert log[0].startswith("nemo-rmt job 8: start 1: experiment remit_vs_baselines, on n1")
+    assert log[-1] == "nemo-rmt job 8: ended with exit code 0: done"
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "words", "requeued"),
+    [
+        (75, 75, "stopped at a checkpoint; requeued", True),
+        (137, 75, "nemo-rmt was killed (srun's exit code is 137); requeued", True),
+        (1, 1, "ended with exit code 1: not done: uniform with seed 1", False),
+        (2, 2, "ended with exit code 2: not done", False),
+    ],
+)
+def test_a_task_of_an_experiment_ends_as_its_worker_did_or_is_requeued(site, status, code, words, requeued):
+    site.write(stage=f"echo 'nemo-rmt: not done: uniform with seed 1' >&2; exit {status}")
+    found, log = site.experiment("smoke")
+    assert found == code
+    assert words in log[-1]
+    assert (site.lines("calls", "requeue") == ["scontrol requeue 8"]) == requeued
+
+
+def test_an_experiments_script_without_a_name_is_wrong_input(site):
+    code, log = site.experiment()
+    assert code == 2 and "name an experiment" in log[-1]
+    assert not site.lines("calls")

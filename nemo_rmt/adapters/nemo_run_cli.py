@@ -21,7 +21,7 @@ import nemo_run as run
 import typer
 from nemo_run.cli.api import Entrypoint
 
-from nemo_rmt import cli, recipes
+from nemo_rmt import cli, commands, recipes
 from nemo_rmt.adapters.launchers import Launcher, Local, Work, choose_launcher
 from nemo_rmt.config import Recipe, Section
 from nemo_rmt.errors import UserError
@@ -40,6 +40,7 @@ STARTING = {
 }
 """Commands that start stages: they ask first, and take an executor."""
 OTHERS = {
+    "experiment": "Run a grid of recipes and seeds on this machine, and compare them: experiment NAME.",
     "plan": "Check a recipe against a cluster: layout, memory, time, data.",
     "import": "Make a checkpoint of a Hugging Face model.",
     "export": "Make a Hugging Face folder of a checkpoint.",
@@ -63,8 +64,8 @@ class Commands(Entrypoint):
 
     def cli(self, parent: typer.Typer) -> None:
         """Called by nemo_run with the typer of ``rmt``."""
-        for function, commands in ((_start, STARTING), (_pass_on, OTHERS)):
-            for name, text in commands.items():
+        for function, texts in ((_start, STARTING), (_pass_on, OTHERS)):
+            for name, text in texts.items():
                 parent.command(
                     name,
                     help=text,
@@ -78,7 +79,7 @@ def flywheel(recipe: Recipe) -> None:
 
     For Python: ``run.run(run.cli.resolve_factory(flywheel, "tiny")())``.
     """
-    if status := cli.Starter().run_flywheel(recipe, dry_run=False):
+    if status := commands.Starter().run_flywheel(recipe, dry_run=False):
         raise RuntimeError(f"the flywheel of {recipe.run_dir} ended with status {status}: see its output above")
 
 
@@ -118,7 +119,7 @@ def _task(name: str) -> run.Partial:
 
 
 @dataclass(frozen=True)
-class Confirmed(cli.Starter):
+class Confirmed(commands.Starter):
     """Shows what would be started, asks, and starts it with a launcher."""
 
     choose: Callable[[], Launcher]

@@ -12,7 +12,22 @@ from nemo_rmt.config.recipe import Flywheel, Recipe, Tracking
 from nemo_rmt.config.rmt import RMT, TIERS, Budget, Curriculum, Difficulty, Prompt, Reward
 from nemo_rmt.config.rollout import VLLM, Rollout
 from nemo_rmt.config.section import Section
-from nemo_rmt.config.stages import GRPO, RL, SFT, Anneal, CachedReference, Evaluate, Optim, Pretrain, ReMiT, Stage
+from nemo_rmt.config.stages import (
+    EARLIER_MODELS,
+    GRPO,
+    RL,
+    SFT,
+    Anneal,
+    CachedReference,
+    Distill,
+    Evaluate,
+    Guided,
+    Optim,
+    Pretrain,
+    ReMiT,
+    Rho1,
+    Stage,
+)
 
 __all__ = [
     "Anneal",
@@ -23,12 +38,15 @@ __all__ = [
     "Curriculum",
     "Data",
     "Difficulty",
+    "Distill",
+    "EARLIER_MODELS",
     "Evaluate",
     "FP8_CAPABILITY",
     "Flywheel",
     "LMEval",
     "LOGITS_AT_ONCE",
     "GRPO",
+    "Guided",
     "Model",
     "Optim",
     "Parallel",
@@ -39,6 +57,7 @@ __all__ = [
     "ReMiT",
     "Recipe",
     "Reward",
+    "Rho1",
     "Rollout",
     "SFT",
     "Section",

@@ -11,7 +11,7 @@ from nemo_rmt.config.layout import Cluster, Model, Parallel
 from nemo_rmt.config.rmt import RMT
 from nemo_rmt.config.rollout import Rollout
 from nemo_rmt.config.section import Section
-from nemo_rmt.config.stages import RL, SFT, Anneal, Evaluate, Pretrain, Stage
+from nemo_rmt.config.stages import EARLIER_MODELS, RL, SFT, Anneal, Evaluate, Pretrain, Stage
 
 
 class Flywheel(Section):
@@ -131,12 +131,15 @@ class Recipe(Section):
     def _chain(self) -> Recipe:
         if self.stages in ([], ["pretrain"]):
             raise ValueError("anneal, rmt, sft and rl are all disabled: enable at least one of them")
-        waits = self.anneal.enabled and self.anneal.objective == "remit" and self.anneal.remit.reference == "previous"
-        if waits and self.iterations > 1 and not self.rl.enabled:
-            raise ValueError(
-                "anneal.remit.reference=previous takes the RL model of the iteration before, and rl.enabled=false: "
-                "name a checkpoint folder, or set anneal.objective=uniform"
-            )
+        guide = self.anneal.guide if self.anneal.enabled and self.iterations > 1 else None
+        if guide is not None and isinstance(guide.reference, str) and guide.reference in EARLIER_MODELS:
+            stage = EARLIER_MODELS[guide.reference]
+            if not getattr(self, stage).enabled:
+                raise ValueError(
+                    f"{self.anneal.guide_key}.reference={guide.reference} takes the {stage.upper()} model of the "
+                    f"iteration before, and {stage}.enabled=false: name a checkpoint folder, or set "
+                    "anneal.objective=uniform"
+                )
         return self
 
     def _reasoning(self) -> None:

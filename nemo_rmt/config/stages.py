@@ -77,39 +77,80 @@ class CachedReference(Section):
     """Refuse a cache of another model than this checkpoint; null: take the cache's word for what it is of."""
 
 
-class ReMiT(Section):
+EARLIER_MODELS = {"previous": "rl", "previous_sft": "sft"}
+"""Words for a reference from the iteration before, and the stage that made it."""
+
+
+class Guided(Section):
+    """What every objective has that a second model guides."""
+
+    reference: str | CachedReference | None = "previous"
+    """previous: the RL model of the iteration before; previous_sft: its SFT model; a checkpoint; or {cache: FOLDER},
+    made by nemo-rmt data score."""
+    offload: bool = False
+    """Keep frozen models in host memory while the policy trains: their GPU memory for the time of two copies a step."""
+
+
+class ReMiT(Guided):
     """Token weights from the gap between an RL-tuned reference and the model (arXiv 2602.03075)."""
 
     epsilon: float = Field(0.2, gt=0, le=1)
     """Weights stay in [1 - epsilon, 1 + epsilon]; 0.2 is the paper's."""
     scale: PositiveFloat = 1.0
     """Factor on the centred gap before the sigmoid; 1 is the paper's."""
+    centring: Literal["document", "row", "none"] = "document"
+    """Over what the mean is taken that the gap is centred by: each document (without data.document_attention the whole
+    row), the row, or nothing. The paper centres within the sequence."""
     gap_model: Literal["current", "frozen"] = "current"
     """The gap is against the model in training, or against the stage's frozen starting point."""
-    reference: str | CachedReference | None = "previous"
-    """previous: the RL model of the iteration before; a checkpoint; or {cache: FOLDER}, made by nemo-rmt data score."""
-    offload: bool = False
-    """Keep frozen models in host memory while the policy trains: their GPU memory for the time of two copies a step."""
+
+
+class Rho1(Guided):
+    """Training on the tokens with the largest excess loss over the reference alone (arXiv 2404.07965)."""
+
+    keep: float = Field(0.6, gt=0, le=1)
+    """Share of each row's tokens that are trained on; 0.6 is what the paper chose for its 1B model."""
+
+
+class Distill(Guided):
+    """The reference's whole distribution as the target: of its cached likeliest tokens, or exactly."""
+
+    coefficient: float = Field(1.0, gt=0, le=1)
+    """Share of the KL divergence in the loss; next-token prediction has the rest."""
 
 
 class Anneal(Stage):
-    """Decay to zero, uniformly or with ReMiT's weights."""
+    """Decay to zero, uniformly or guided by a reference."""
 
     enabled: bool = True
     """Whether the flywheel has this stage."""
     resume_optimizer: bool = True
     """Go on with the checkpoint's optimizer states; false: begin with fresh ones (imported weights have none)."""
-    objective: Literal["uniform", "remit"] = "remit"
-    """Loss. Iteration 0 is uniform unless remit.reference is a checkpoint or a cache."""
+    objective: Literal["uniform", "remit", "rho1", "distill"] = "remit"
+    """Loss. Iteration 0 is uniform unless the objective's reference is a checkpoint or a cache."""
     remit: ReMiT = ReMiT()
     """ReMiT's settings."""
+    rho1: Rho1 = Rho1()
+    """Rho-1's settings."""
+    distill: Distill = Distill()
+    """Distillation's settings."""
+
+    @property
+    def guide(self) -> Guided | None:
+        """The objective's settings when it has a reference."""
+        return None if self.objective == "uniform" else getattr(self, self.objective)
+
+    @property
+    def guide_key(self) -> str:
+        """What these settings are called in messages."""
+        return f"anneal.{self.objective}"
 
     @model_validator(mode="after")
     def _reference(self) -> Anneal:
-        if self.objective == "remit" and not self.remit.reference:
+        if self.guide is not None and not self.guide.reference:
             raise ValueError(
-                "objective remit needs remit.reference: 'previous' (the iteration before), a checkpoint folder or "
-                "{cache: FOLDER}; or set anneal.objective=uniform"
+                f"objective {self.objective} needs {self.objective}.reference: 'previous' (the iteration before), "
+                "'previous_sft', a checkpoint folder or {cache: FOLDER}; or set anneal.objective=uniform"
             )
         return self
 
@@ -184,6 +225,8 @@ class Evaluate(Section):
     """Held-out tokens of each difficulty tier that are predicted directly and after a thought, where there is RMT."""
     tier_edges: tuple[float, float] = (0.5, 1.5)
     """Entropy edges in nats between easy, medium and hard tokens."""
+    along: bool = False
+    """Measure the checkpoints that an anneal keeps on its way too (flywheel.keep_checkpoints), as anneal@STEP/NAME."""
     lm_eval: LMEval = LMEval()
     """The final model measured by lm-eval too."""
 

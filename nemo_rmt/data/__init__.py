@@ -12,7 +12,7 @@ command line's pre-flight reads corpora and tasks without it.
 - ``difficulty``, ``positions``: which tokens of documents are hard, and which of them RMT asks for.
 - ``thoughts``: the prompt that asks for a token after a thought, and what a response holds.
 - ``fingerprint``, ``logprob_cache``: what identifies a tokenized dataset, and a model's log-probability of every token
-  of it, 2 bytes each.
+  of it, 2 bytes each, in ``cache_blocks``; the likeliest tokens beside it where they are asked for.
 - ``batch``: ``TokenBatch``, what every training objective and evaluation is given.
 - ``tree``: documents with the responses that branch off them, packed so that a document is computed once.
 """

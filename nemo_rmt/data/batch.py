@@ -26,7 +26,7 @@ class TokenBatch:
     position_ids: Tensor
     """int64; 0 to sequence - 1, unless documents branch."""
     extras: dict[str, Tensor] = field(default_factory=dict)
-    """float; what travels with the tokens, such as reference_logprobs and advantages."""
+    """What travels with the tokens, such as reference_logprobs and advantages."""
     branch_ids: Tensor | None = None
     """int64; 0 in a document, 1, 2, ... in the branches of the row's documents. None: nothing branches (see tree)."""
     fork_columns: Tensor | None = None

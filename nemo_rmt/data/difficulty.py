@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,27 +147,31 @@ def require_tiers(tiers: Tiers, curriculum: config.Curriculum) -> None:
 
 
 def save_scores(folder: Path, corpora: Sequence[ScoredCorpus], identity: dict[str, Any]) -> None:
-    """Write scores, in place of those that are there: a folder of this name is whole, whenever the process is killed.
+    """Write scores, unless they are there: a folder of this name is whole, whenever the process is killed.
+
+    Of several processes that write the same scores at once, the first one's stay.
 
     identity: what they are scores of: ``tokenizer`` and ``model`` (fingerprints), ``corpora`` (name to the dataset's
     fingerprint), and the settings they were made with.
     """
     folder = Path(folder)
-    draft, replaced = folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    for corpus in corpora:
-        with open(draft / f"{corpus.name}.npz", "wb") as file:
-            numpy.savez(file, pieces=corpus.pieces, tokens=corpus.tokens, entropy=corpus.entropy)
-            file.flush()
-            os.fsync(file.fileno())
-    names = [corpus.name for corpus in corpora]
-    write_json(draft / METADATA, {"format": FORMAT, "corpora": names, "identity": identity})
-    if folder.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.replace(folder, replaced)
-    os.replace(draft, folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
+        draft.chmod(0o755)  # others of a run's group read it
+        for corpus in corpora:
+            with open(draft / f"{corpus.name}.npz", "wb") as file:
+                numpy.savez(file, pieces=corpus.pieces, tokens=corpus.tokens, entropy=corpus.entropy)
+                file.flush()
+                os.fsync(file.fileno())
+        names = [corpus.name for corpus in corpora]
+        write_json(draft / METADATA, {"format": FORMAT, "corpora": names, "identity": identity})
+        os.replace(draft, folder)
+    except OSError:
+        if not folder.is_dir():  # else it is there by now, and a folder cannot replace one with files in it
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def load_scores(folder: Path) -> tuple[list[ScoredCorpus], dict[str, Any]]:

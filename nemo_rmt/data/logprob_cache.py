@@ -9,9 +9,15 @@ weight, since its steps grow with the number.
     manifest.json    the same, with the sizes of all blocks: the cache is complete
     CORPUS/block_00000.u16, ...
 
+With top_k, for distillation, also the K tokens that the model held likeliest in the place of each, the likeliest first:
+
+    CORPUS/block_00000.top_tokens.u16, ...      ``[tokens, K]``; .u32 of a vocabulary of more than 65,536 tokens
+    CORPUS/block_00000.top_logprobs.u16, ...    ``[tokens, K]``, numbers as above
+
 A block is some 4 M tokens, whole documents, in the order of the indexed dataset: the number of its token i stands at i
 of all blocks end to end. Which documents a block has follows from the dataset alone, so that any number of ranks may
-write the blocks and any sequence length, blend, batch or layout may read them.
+write the blocks and any sequence length, blend, batch or layout may read them. The rank that scores a block holds it in
+memory: 8 MiB, and with top_k 16 or 24 MiB times K.
 """
 
 from __future__ import annotations
@@ -25,17 +31,15 @@ from typing import Any
 
 import numpy
 
+from nemo_rmt.data.cache_blocks import LOGPROBS, NUMBERS, UNSCORED, Kind, kinds_of
 from nemo_rmt.errors import UserError
 from nemo_rmt.run_folder import sync, write_json
 
 FORMAT = 1
-BLOCK_TOKENS = 2**22
 UNITS_PER_NAT = 1024
-UNSCORED = 65535
-NUMBERS = numpy.dtype("<u2")
 PLAN, MANIFEST = "plan.json", "manifest.json"
 FACTS = ("corpora", "tokenizer", "model", "precision", "sequence_length")
-"""Keys of plan.json in which two starts must agree."""
+"""Keys that plan.json must have, in which two starts must agree."""
 
 
 def encode(logprobs: numpy.ndarray) -> numpy.ndarray:
@@ -50,58 +54,34 @@ def decode(numbers: numpy.ndarray) -> numpy.ndarray:
     return logprobs
 
 
-def block_bounds(lengths: numpy.ndarray) -> numpy.ndarray:
-    """``[blocks + 1]``: the first document of each block, and the number of documents. lengths: tokens of each."""
-    starts = numpy.cumsum(lengths, dtype=numpy.int64) - lengths
-    _, first = numpy.unique(starts // BLOCK_TOKENS, return_index=True)
-    return numpy.append(first, len(lengths))
+def block_path(folder: Path, corpus: str, block: int, kind: Kind = LOGPROBS) -> Path:
+    """One of a block's files."""
+    return folder / corpus / f"block_{block:05d}.{kind.suffix}"
 
 
-def windows(lengths: numpy.ndarray, longest: int) -> numpy.ndarray:
-    """What to score documents in, int64 ``[windows, 3]``: the first token of each window among all, its size, and the
-    first of its own tokens whose score is taken, counted from its beginning.
-
-    A document of up to ``longest`` tokens is one window; windows of a longer one overlap by half. Each token is taken
-    from the window that has most of its document before it. A window of one token predicts nothing and is left out.
-    """
-    step = longest // 2
-    starts = numpy.cumsum(lengths, dtype=numpy.int64) - lengths
-    counts = 1 + -(-numpy.maximum(lengths.astype(numpy.int64) - longest, 0) // step)
-    document = numpy.repeat(numpy.arange(len(lengths)), counts)
-    number = numpy.arange(len(document)) - numpy.repeat(numpy.cumsum(counts) - counts, counts)
-    size = numpy.minimum(longest, lengths[document] - number * step)
-    taken = numpy.where(number == 0, 1, longest - step)
-    found = numpy.stack([starts[document] + number * step, size, taken], 1)
-    return found[found[:, 1] > 1]
-
-
-def block_path(folder: Path, corpus: str, block: int) -> Path:
-    """A block's file."""
-    return folder / corpus / f"block_{block:05d}.u16"
-
-
-def write_block(path: Path, numbers: numpy.ndarray) -> None:
-    """Write a block: a file of this name is whole, whenever the process or the machine stops."""
+def write_block(path: Path, numbers: numpy.ndarray, kind: Kind = LOGPROBS) -> None:
+    """Write one of a block's files: one of this name is whole, whenever the process or the machine stops."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
     with open(draft, "wb") as file:
-        file.write(numbers.astype(NUMBERS).tobytes())
+        file.write(numpy.ascontiguousarray(numbers, kind.dtype).data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, path)
     sync(path.parent)
 
 
-def is_written(path: Path, tokens: int) -> bool:
-    """Whether a block of so many tokens is there."""
-    return path.is_file() and path.stat().st_size == tokens * NUMBERS.itemsize
+def is_written(path: Path, tokens: int, kind: Kind = LOGPROBS) -> bool:
+    """Whether the file of a block of so many tokens is there."""
+    return path.is_file() and path.stat().st_size == tokens * kind.token_bytes
 
 
 def begin(folder: Path, plan: dict[str, Any]) -> None:
     """Make a folder the cache that ``plan`` describes, or see that it is.
 
     plan: FORMAT as ``format``, and FACTS: ``corpora`` (by name, the fingerprint of each as ``dataset``), ``tokenizer``
-    (fingerprint), ``model`` (``digest`` and, as a hint, ``path``), ``precision``, ``sequence_length``.
+    (fingerprint), ``model`` (``digest`` and, as a hint, ``path``), ``precision``, ``sequence_length``. With ``top_k``
+    also ``vocab_size``.
 
     Raises UserError when it has begun as another one, or holds something else.
     """
@@ -112,8 +92,10 @@ def begin(folder: Path, plan: dict[str, Any]) -> None:
         write_json(folder / PLAN, plan)
         return
     found = read_plan(folder)
-    if differing := [name for name in FACTS if _identity(found, name) != _identity(plan, name)]:
+    if differing := [name for name in (*FACTS, "top_k") if _identity(found, name) != _identity(plan, name)]:
         told = "; ".join(f"{name} {_short(found, name)} there, {_short(plan, name)} now" for name in differing)
+        if differing == ["top_k"]:
+            remedy += f", or top_k={found['top_k']}" if found.get("top_k") else ", or no top_k"
         raise UserError(f"cache={folder} was begun as another one: {told}; {remedy}")
 
 
@@ -147,10 +129,13 @@ class Stretches:
 
 class LogprobCache:
     """A complete cache, for reading. Raises UserError when it is not complete, of another format, or a block is
-    missing or truncated."""
+    missing or truncated.
 
-    def __init__(self, folder: Path):
-        self.folder, self.named = Path(folder), f"anneal.remit.reference.cache={folder}"
+    reference: the recipe's key whose cache it is, for messages.
+    """
+
+    def __init__(self, folder: Path, reference: str = "anneal.remit.reference"):
+        self.folder, self.reference, self.named = Path(folder), reference, f"{reference}.cache={folder}"
         again = "run nemo-rmt data score again with this cache= to finish it"
         if not (self.folder / MANIFEST).is_file():
             begun = (self.folder / PLAN).is_file()
@@ -161,18 +146,24 @@ class LogprobCache:
         try:
             self.sizes: dict[str, list[int]] = {name: each["blocks"] for name, each in self.manifest["corpora"].items()}
             self.starts = {name: numpy.cumsum([0, *sizes]) for name, sizes in self.sizes.items()}
+            self.top_k: int = self.manifest.get("top_k", 0)
+            self._kinds = kinds_of(self.manifest)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.named}: {MANIFEST} is damaged ({error!r}): {again}") from None
-        self._blocks: dict[tuple[str, int], numpy.ndarray] = {}
-        for corpus, sizes in self.sizes.items():
-            for block, tokens in enumerate(sizes):
-                path = block_path(self.folder, corpus, block)
-                if not is_written(path, tokens):
-                    found = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
-                    raise UserError(
-                        f"{self.named} is truncated: {path.relative_to(self.folder)} {found} instead of "
-                        f"{tokens * NUMBERS.itemsize} bytes: {again}"
-                    )
+        self._blocks: dict[tuple[str, int, Kind], numpy.ndarray] = {}
+        files = [
+            (block_path(self.folder, corpus, block, kind), tokens, kind)
+            for corpus, sizes in self.sizes.items()
+            for block, tokens in enumerate(sizes)
+            for kind in self._kinds
+        ]
+        for path, tokens, kind in files:
+            if not is_written(path, tokens, kind):
+                found = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
+                raise UserError(
+                    f"{self.named} is truncated: {path.relative_to(self.folder)} {found} instead of "
+                    f"{tokens * kind.token_bytes} bytes: {again}"
+                )
 
     def require(self, data: dict[str, str], tokenizer: str, model: str | None) -> None:
         """Raise UserError unless this is of these datasets, this tokenizer's tokens and this model.
@@ -199,7 +190,7 @@ class LogprobCache:
         if model is not None and self.manifest["model"]["digest"] != model:
             raise UserError(
                 f"{self.named} is of another model (made from {self.manifest['model']['path']}) than "
-                f"anneal.remit.reference.checkpoint: {remedy}, or set that to null"
+                f"{self.reference}.checkpoint: {remedy}, or set that to null"
             )
 
     def logprobs(self, rows: Sequence[Stretches]) -> numpy.ndarray:
@@ -207,23 +198,39 @@ class LogprobCache:
 
         NaN for documents' first tokens.
         """
-        return decode(numpy.stack([self._row(row) for row in rows]))
+        return decode(self._rows(rows, LOGPROBS)[..., 0])
 
-    def _row(self, row: Stretches) -> numpy.ndarray:
+    def top(self, rows: Sequence[Stretches]) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """The likeliest tokens in the place of every token of such rows, int64, and their log-probabilities, float32;
+        ``[rows, tokens, K]``, the likeliest first.
+
+        Of documents' first tokens 0 and NaN. Raises ValueError for a cache without them.
+        """
+        if not self.top_k:
+            raise ValueError(f"{self.named} has log-probabilities only: its top_k is 0")
+        tokens, logprobs = (self._rows(rows, kind) for kind in self._kinds[1:])
+        return tokens.astype(numpy.int64), decode(logprobs)
+
+    def _rows(self, rows: Sequence[Stretches], kind: Kind) -> numpy.ndarray:
+        """``[rows, tokens, width]`` as they are stored."""
+        return numpy.stack([self._row(row, kind) for row in rows])
+
+    def _row(self, row: Stretches, kind: Kind) -> numpy.ndarray:
         corpus = row.prefix.parent.name
         starts = self.starts[corpus]
         blocks = numpy.searchsorted(starts, row.first, "right") - 1  # whole documents: a stretch is in one block
         begins = row.first - starts[blocks]
         ends = begins + row.sizes
         places = zip(blocks.tolist(), begins.tolist(), ends.tolist(), strict=True)
-        return numpy.concatenate([self._block(corpus, block)[begin:end] for block, begin, end in places])
+        return numpy.concatenate([self._block(corpus, block, kind)[begin:end] for block, begin, end in places])
 
-    def _block(self, corpus: str, block: int) -> numpy.ndarray:
+    def _block(self, corpus: str, block: int, kind: Kind) -> numpy.ndarray:
         """A block's numbers, mapped into memory when they are first read."""
-        if (corpus, block) not in self._blocks:
-            mapped = numpy.memmap(block_path(self.folder, corpus, block), dtype=NUMBERS, mode="r")
-            self._blocks[corpus, block] = numpy.asarray(mapped)  # slices of a memmap cost ten times as much
-        return self._blocks[corpus, block]
+        if (corpus, block, kind) not in self._blocks:
+            mapped = numpy.memmap(block_path(self.folder, corpus, block, kind), dtype=kind.dtype, mode="r")
+            # As an array: slices of a memmap cost ten times as much.
+            self._blocks[corpus, block, kind] = numpy.asarray(mapped).reshape(-1, kind.width)
+        return self._blocks[corpus, block, kind]
 
 
 def _read(path: Path, named: str, remedy: str) -> dict[str, Any]:
@@ -247,6 +254,8 @@ def _identity(plan: dict[str, Any], name: str) -> Any:
     """A fact as it is compared: where a model lies is only a hint."""
     if name == "corpora":
         return {corpus: each["dataset"] for corpus, each in plan[name].items()}
+    if name == "top_k":
+        return plan.get(name, 0)
     return plan[name]["digest"] if name == "model" else plan[name]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nemo_rmt.config import VOCAB_MULTIPLE, Model, Parallel
 from nemo_rmt.megatron.cpu import redirected
-from nemo_rmt.megatron.head import TokenScores, token_scores
+from nemo_rmt.megatron.head import Teacher, TokenScores, token_scores
 from nemo_rmt.megatron.layers import layer_spec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -51,6 +51,8 @@ class LogprobGPT(GPTModel):
         *,
         temperature: float | Tensor = 1.0,
         with_entropy: bool = False,
+        teacher: Teacher | None = None,
+        top_k: int = 0,
     ) -> Tensor | TokenScores:
         """One forward of this pipeline stage.
 
@@ -60,32 +62,47 @@ class LogprobGPT(GPTModel):
             labels: next tokens; None: sample, see Returns.
             temperature: the scores' softmax temperature, one for all or ``[batch, sequence]``.
             with_entropy: fill ``TokenScores.entropy``.
+            teacher: fill ``TokenScores.divergence``.
+            top_k: fill ``TokenScores.top_tokens`` and ``top_logprobs`` with as many.
 
         Returns:
             Before the last stage: hidden states ``[sequence, batch, hidden]``. On the last: TokenScores, or without
             labels the last position's float32 logits over the true vocabulary, ``[batch, vocabulary]``.
         """
-        decoder_input, rotary_pos_emb, *_ = self._preprocess(
-            input_ids=input_ids, position_ids=position_ids.expand(3, *position_ids.shape)
-        )
-        hidden = self.decoder(hidden_states=decoder_input, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb)
+        hidden = self.hidden_states(input_ids, position_ids, attention_mask)
         if not self.post_process:
             return hidden
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        weight = self.output_layer.weight if weight is None else weight
         if labels is None:
-            logits = gather_from_tensor_model_parallel_region(hidden[-1] @ weight.t())
+            logits = gather_from_tensor_model_parallel_region(hidden[-1] @ self.output_weight.t())
             return logits[:, : self.true_vocab_size].float()
         return token_scores(
             hidden,
-            weight,
+            self.output_weight,
             labels,
             vocab_size=self.true_vocab_size,
             temperature=temperature,
             with_entropy=with_entropy,
+            teacher=teacher,
+            top_k=top_k,
             chunk=self.logprob_chunk,
             sequence_parallel=self.config.sequence_parallel,
         )
+
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """What this pipeline stage makes of its input, ``[sequence, batch, hidden]``; on the last one normed.
+
+        With sequence parallelism it is this rank's part of the sequence. The arguments are those of ``forward``.
+        """
+        decoder_input, rotary_pos_emb, *_ = self._preprocess(
+            input_ids=input_ids, position_ids=position_ids.expand(3, *position_ids.shape)
+        )
+        return self.decoder(hidden_states=decoder_input, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The output embedding of the last stage, this rank's shard: ``[padded vocabulary / tensor size, hidden]``."""
+        shared = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer.weight if shared is None else shared
 
 
 def transformer_config(settings: Model, parallel: Parallel) -> TransformerConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 
@@ -10,14 +11,15 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
 from nemo_rmt import profiling, pulse
 from nemo_rmt.config import Model, Optim, Parallel
 from nemo_rmt.data.batch import TokenBatch
-from nemo_rmt.errors import UserError
 from nemo_rmt.megatron.attention import row_structure
 from nemo_rmt.megatron.cpu import redirected
+from nemo_rmt.megatron.distillation import teacher_of
 from nemo_rmt.megatron.guard import Guard
 from nemo_rmt.megatron.head import TokenScores
 from nemo_rmt.megatron.model import LogprobGPT
@@ -27,6 +29,9 @@ from nemo_rmt.objectives import LossOutput
 
 Objective = Callable[[TokenScores, TokenBatch], LossOutput]
 """A loss over one micro-batch: pure torch on the head's scores and the batch's tensors."""
+
+Forward = Callable[[nn.Module, TokenBatch], Tensor | TokenScores]
+"""What a model chunk makes of one micro-batch."""
 
 
 class ScoredModel:
@@ -43,7 +48,13 @@ class ScoredModel:
 
     @torch.no_grad()
     def score(
-        self, batch: TokenBatch, micro_batch_size: int, *, temperature: float = 1.0, with_entropy: bool = False
+        self,
+        batch: TokenBatch,
+        micro_batch_size: int,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        top_k: int = 0,
     ) -> TokenScores | None:
         """Score this data-parallel rank's rows.
 
@@ -51,47 +62,30 @@ class ScoredModel:
             batch: rows of this rank, a multiple of ``micro_batch_size``.
             micro_batch_size: rows per forward.
             temperature: of the softmax; where documents branch, in the branches, and 1 in the documents.
-            with_entropy: see LogprobGPT.forward.
+            with_entropy, top_k: see LogprobGPT.forward.
 
         Returns:
             TokenScores ``[rows, sequence]`` on the last pipeline stage, None on the others.
         """
-        with profiling.part("scoring"):
-            outputs = self._run(
-                batch.micro_batches(micro_batch_size),
-                lambda scores, micro, non_loss_data: scores,
-                temperature=temperature,
-                with_entropy=with_entropy,
-                forward_only=True,
-            )
+        forward = functools.partial(_scores, temperature=temperature, with_entropy=with_entropy, top_k=top_k)
+        outputs = self._run_forward(batch, micro_batch_size, forward, lambda scores, micro, non_loss_data: scores)
         if not outputs:
             return None
-        return TokenScores(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
+        return TokenScores(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*outputs, strict=True)))
 
-    def _run(
-        self,
-        micro_batches: list[TokenBatch],
-        loss: Callable,
-        *,
-        temperature: float,
-        with_entropy: bool,
-        forward_only: bool,
-    ) -> list:
+    def _run_forward(self, batch: TokenBatch, micro_batch_size: int, forward: Forward, collect: Callable) -> list:
+        """Send a batch through the pipeline; what ``collect`` returned of each micro-batch on the last stage."""
+        with profiling.part("scoring"):
+            return self._run(batch.micro_batches(micro_batch_size), forward, collect, forward_only=True)
+
+    def _run(self, micro_batches: list[TokenBatch], forward: Forward, loss: Callable, *, forward_only: bool) -> list:
         """Send micro-batches through Megatron's schedule; what ``loss`` returned on the last stage, else []."""
         doing = f"{'scoring' if forward_only else 'training on'} {len(micro_batches)} micro-batches"
 
         def forward_step(batches: Iterator[TokenBatch], model: nn.Module):
             pulse.tick(doing)
             micro = next(batches)
-            output = model(
-                micro.tokens,
-                micro.position_ids,
-                row_structure(micro.segment_ids, micro.branch_ids, micro.fork_columns),
-                micro.labels,
-                temperature=_temperatures(temperature, micro),
-                with_entropy=with_entropy,
-            )
-            return output, functools.partial(_on_scores, loss, micro)
+            return forward(model, micro), functools.partial(_on_output, loss, micro)
 
         chunked = self.parallel.virtual_pipeline is not None
         return get_forward_backward_func()(
@@ -106,6 +100,16 @@ class ScoredModel:
         )
 
 
+def _inputs(micro: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """What every forward reads: tokens, positions, and what each token sees."""
+    return micro.tokens, micro.position_ids, row_structure(micro.segment_ids, micro.branch_ids, micro.fork_columns)
+
+
+def _scores(model: nn.Module, micro: TokenBatch, *, temperature: float, **asked) -> Tensor | TokenScores:
+    """A micro-batch through a model chunk and, on the last stage, its head."""
+    return model(*_inputs(micro), micro.labels, temperature=_temperatures(temperature, micro), **asked)
+
+
 def _temperatures(temperature: float, micro: TokenBatch) -> float | Tensor:
     """The temperature; where documents branch, of the branches' predictions only: documents were not sampled."""
     if micro.branch_ids is None or temperature == 1.0:
@@ -113,9 +117,9 @@ def _temperatures(temperature: float, micro: TokenBatch) -> float | Tensor:
     return torch.where(micro.branch_ids > 0, temperature, 1.0)
 
 
-def _on_scores(loss: Callable, micro: TokenBatch, scores: TokenScores, **keywords):
+def _on_output(loss: Callable, micro: TokenBatch, output: Tensor | TokenScores, **keywords):
     """Adapt Megatron's one-argument loss call."""
-    return loss(scores, micro, **keywords)
+    return loss(output, micro, **keywords)
 
 
 class FrozenModel(ScoredModel):
@@ -123,7 +127,7 @@ class FrozenModel(ScoredModel):
 
     Args:
         chunks: with the weights they are to keep.
-        offload: keep the weights in pinned host memory, and on the GPU only while ``score`` runs. Raises UserError
+        offload: keep the weights in pinned host memory, and on the GPU only while they compute. Raises ValueError
             without a GPU.
     """
 
@@ -134,19 +138,51 @@ class FrozenModel(ScoredModel):
         if not offload:
             return
         if not torch.cuda.is_available():
-            raise UserError("anneal.remit.offload=true makes room on a GPU, and none is here: set it to false")
+            raise ValueError("offload makes room on a GPU, and none is here")
         self._on_host = [parameter.data.cpu().pin_memory() for parameter in self._parameters]
         self._leave()
 
-    def score(self, *arguments, **keywords) -> TokenScores | None:
-        """As ScoredModel's."""
+    @torch.no_grad()
+    def hidden_states(self, batch: TokenBatch, micro_batch_size: int) -> Tensor | None:
+        """What the head would score this data-parallel rank's rows by, for distillation.
+
+        Returns:
+            ``[rows, sequence, hidden]`` after the final norm, of the whole sequence, on the last pipeline stage; None
+            on the others.
+        """
+
+        def collect(hidden: Tensor, micro: TokenBatch, non_loss_data: bool) -> Tensor:
+            whole = gather_from_sequence_parallel_region(hidden) if self.parallel.sequence else hidden
+            return whole.transpose(0, 1)
+
+        outputs = self._run_forward(
+            batch, micro_batch_size, lambda chunk, micro: chunk.hidden_states(*_inputs(micro)), collect
+        )
+        return torch.cat(outputs) if outputs else None
+
+    @property
+    def output_weight(self) -> Tensor | None:
+        """See LogprobGPT on the last pipeline stage; None on the others. Of offloaded weights it is a copy on the GPU,
+        which stays as long as it is held."""
+        last = self.modules[-1]
+        return last.output_weight.to(torch.cuda.current_device()) if last.post_process else None
+
+    def _run_forward(self, *arguments) -> list:
+        """As ScoredModel's, with the weights where they compute."""
+        with self._on_gpu():
+            return super()._run_forward(*arguments)
+
+    @contextlib.contextmanager
+    def _on_gpu(self) -> Iterator[None]:
+        """Bring offloaded weights to the GPU for the block."""
         if not self.offload:
-            return super().score(*arguments, **keywords)
+            yield
+            return
         # On the stream of the forward, which thus waits for its weights, and whose last use precedes what comes next.
         for parameter, weights in zip(self._parameters, self._on_host, strict=True):
             parameter.data = weights.to(torch.cuda.current_device(), non_blocking=True)
         try:
-            return super().score(*arguments, **keywords)
+            yield
         finally:
             self._leave()
 
@@ -196,12 +232,14 @@ class TrainedModel(ScoredModel):
         *,
         temperature: float = 1.0,
         with_entropy: bool = False,
+        teacher_weight: Tensor | None = None,
     ) -> dict[str, float | list[float]]:
         """One optimizer step over this data-parallel rank's micro-batches (the same number on every rank).
 
         The gradient is that of the summed loss over the summed token count of all ranks. ``temperature`` and
-        ``with_entropy`` are those of ``score``. Returns the objective's metrics as means, with ``grad_norm`` and the
-        ``lr`` used, the same on every rank.
+        ``with_entropy`` are those of ``score``. Micro-batches whose ``extras`` hold a teacher, see ``teacher_of``, have
+        ``TokenScores.divergence``; ``teacher_weight`` is its output embedding. Returns the objective's metrics as
+        means, with ``grad_norm`` and the ``lr`` used, the same on every rank.
 
         A step that ``guard`` does not accept advances the schedule alone: weights and Adam's moments stay as they are.
         """
@@ -210,13 +248,15 @@ class TrainedModel(ScoredModel):
             output = objective(scores, micro)
             return output.loss_sum, output.num_tokens.to(torch.int), output.metrics
 
+        def forward(chunk: nn.Module, micro: TokenBatch) -> Tensor | TokenScores:
+            teacher = teacher_of(micro.extras, teacher_weight)
+            return _scores(chunk, micro, temperature=temperature, with_entropy=with_entropy, teacher=teacher)
+
         with profiling.part("forward_backward"):
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-            outputs = self._run(
-                micro_batches, loss, temperature=temperature, with_entropy=with_entropy, forward_only=False
-            )
+            outputs = self._run(micro_batches, forward, loss, forward_only=False)
         lr = self.optimizer.param_groups[0]["lr"]  # all have the same
         with profiling.part("optimizer"):
             pulse.tick("the optimizer's step")

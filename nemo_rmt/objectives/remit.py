@@ -13,6 +13,9 @@ from torch import Tensor
 
 from nemo_rmt.objectives.output import Metric, masked, require_same_shape
 
+WIDEST_GAP = 2.0
+"""Nats; half the width of the gap's histogram. With scale 1 a gap of 2 from the mean has the weight 1.76."""
+
 
 def remit_weights(
     reference_logprobs: Tensor,
@@ -22,6 +25,7 @@ def remit_weights(
     epsilon: float = 0.2,
     scale: float = 1.0,
     segment_ids: Tensor | None = None,
+    centred: bool = True,
 ) -> Tensor:
     """w = clip(2·σ(scale·(Δ − mean Δ)), 1−ε, 1+ε) with Δ = log p_RL − log p_θ; detached float32 ``[batch, sequence]``.
 
@@ -30,6 +34,7 @@ def remit_weights(
     epsilon: in (0, 1]; scale: above 0.
     segment_ids: ``[batch, sequence]`` integers naming the document of each token within its row (any values);
         Δ is then centred within each document instead of each row.
+    centred: False leaves the mean in: what the reference likes less on the whole then weighs less on the whole.
 
     Equal models give exactly 1. Raises ValueError for other shapes or ranges.
     """
@@ -40,7 +45,9 @@ def remit_weights(
     if not scale > 0:
         raise ValueError(f"scale must be above 0, got {scale}")
     gap = masked(reference_logprobs.detach().float() - policy_logprobs.detach().float(), mask)
-    weights = 2 * torch.sigmoid(scale * (gap - _segment_mean(gap, mask, segment_ids)))
+    if centred:
+        gap = gap - _segment_mean(gap, mask, segment_ids)
+    weights = 2 * torch.sigmoid(scale * gap)
     return masked(weights.clamp(1 - epsilon, 1 + epsilon), mask)
 
 
@@ -69,8 +76,9 @@ def remit_metrics(weights: Tensor, gap: Tensor, mask: Tensor, epsilon: float, bi
     weights: from :func:`remit_weights`; gap: Δ before centring, nats; mask: 0/1; all ``[batch, sequence]``.
 
     ``weight_mean``; ``weight_square``, the mean of w² (with the mean it gives :func:`standard_deviation`);
-    ``share_low`` and ``share_high``, the share of tokens at each clip bound; ``gap_mean``, nats; and
-    ``weight_hist``, the share of tokens in each of ``bins`` equal bins over [1−ε, 1+ε], its sum of shape ``[bins]``.
+    ``share_low`` and ``share_high``, the share of tokens at each clip bound; ``gap_mean`` and ``gap_abs``, the means of
+    Δ and |Δ|, nats; ``weight_hist``, the share of tokens in each of ``bins`` equal bins over [1−ε, 1+ε], and
+    ``gap_hist``, that of Δ over [−2, 2] nats with what lies beyond in the outer bins, sums of shape ``[bins]``.
     """
     require_same_shape(weights=weights, gap=gap, mask=mask)
     _require_epsilon(epsilon)
@@ -80,20 +88,27 @@ def remit_metrics(weights: Tensor, gap: Tensor, mask: Tensor, epsilon: float, bi
     count = kept.sum().float()
     # Measured from the middle, so that a weight of exactly 1 falls on the same side of a bin edge for every epsilon.
     place = ((weights - 1) / (2 * epsilon) + 0.5) * bins
-    histogram = torch.zeros(bins, device=weights.device).scatter_add_(
-        0, place.long().clamp_(0, bins - 1).flatten(), kept.float().flatten()
-    )
+    gap = gap.detach().float()
     low, high = weights <= 1 - epsilon, weights >= 1 + epsilon
     means = {
         "weight_mean": weights,
         "weight_square": weights.square(),
         "share_low": low.float(),
         "share_high": high.float(),
-        "gap_mean": gap.detach().float(),
+        "gap_mean": gap,
+        "gap_abs": gap.abs(),
     }
     sums = torch.stack(list(means.values())).masked_fill_(~kept, 0.0).sum((1, 2))
     metrics = {name: (total, count) for name, total in zip(means, sums, strict=True)}
-    return {**metrics, "weight_hist": (histogram, count)}
+    metrics["weight_hist"] = (_histogram(place, kept, bins), count)
+    metrics["gap_hist"] = (_histogram((gap / (2 * WIDEST_GAP) + 0.5) * bins, kept, bins), count)
+    return metrics
+
+
+def _histogram(place: Tensor, kept: Tensor, bins: int) -> Tensor:
+    """``[bins]`` float32, how many kept tokens are in each bin. place: the bin, a real number."""
+    numbers = place.masked_fill(~kept, 0.0).long().clamp_(0, bins - 1)
+    return torch.zeros(bins, device=place.device).scatter_add_(0, numbers.flatten(), kept.float().flatten())
 
 
 def standard_deviation(mean: float, mean_square: float) -> float:

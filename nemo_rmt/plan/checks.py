@@ -4,28 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from nemo_rmt import preflight, recipes
 from nemo_rmt.config import Recipe
 from nemo_rmt.errors import UserError
-from nemo_rmt.plan.inputs import CACHE, input_checks
+from nemo_rmt.plan.inputs import input_checks
 from nemo_rmt.plan.parameters import Widths, padded_rows
 from nemo_rmt.run_folder import RunFolder
 
+CACHES = "anneal.*.reference.cache"
 REMEDIES = {
     "tokenizer.path": "give the folder of the model's tokenizer.json",
     "pretrain.checkpoint": "make it with nemo-rmt import source=HF_FOLDER target={path}",
-    CACHE: "make it with nemo-rmt data score {recipe} checkpoint=RL_MODEL cache={path}, once the data is built",
-    "anneal.remit.reference": "make it with nemo-rmt import source=HF_FOLDER target={path}",
+    CACHES: "make it with nemo-rmt data score {recipe} checkpoint=RL_MODEL cache={path}, once the data is built",
+    "anneal.*.reference*": "make it with nemo-rmt import source=HF_FOLDER target={path}",
     "rmt.difficulty.scorer": "make it with nemo-rmt import source=HF_FOLDER target={path}",
     "rmt.difficulty.scores": "give the difficulty folder of an earlier run's data stage",
     "data.sft_path": 'put a file of {{"messages": [...]}} lines there',
-    "data.tasks": "put a file of questions and answers there",
-    "data.corpora": "put the corpus there",
+    "data.tasks*": "put a file of questions and answers there",
+    "data.corpora*": "put the corpus there",
     "evaluate.lm_eval.include": "put the task YAMLs there",
 }
-"""Where what a key names comes from, by the beginning of the key."""
+"""Where what a key names comes from: by the first pattern that fits the key."""
 
 
 @dataclass
@@ -65,7 +67,7 @@ def check_all(recipe: Recipe, vocab_size: int) -> Findings:
             findings.run(check.run)
         for key, path in missing.items():
             # A cache is made of the data that the run builds first.
-            lines = findings.before if own.get(key) == path or key == CACHE else findings.problems
+            lines = findings.before if own.get(key) == path or fnmatchcase(key, CACHES) else findings.problems
             line = f"{key}={path} is not there: {_remedy(key, path, recipe)}"
             if line not in lines:
                 lines.append(line)
@@ -108,5 +110,5 @@ def _remedy(key: str, path: str, recipe: Recipe) -> str:
     checkpoint = recipe.pretrain.checkpoint
     if key == "tokenizer.path" and checkpoint is not None and Path(checkpoint) in Path(path).parents:
         return "it comes with pretrain.checkpoint"
-    text = next(text for prefix, text in REMEDIES.items() if key.startswith(prefix))
+    text = next(text for pattern, text in REMEDIES.items() if fnmatchcase(key, pattern))
     return text.format(path=path, recipe=recipe.name)

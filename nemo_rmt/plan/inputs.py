@@ -12,14 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemo_rmt.compatibility import IMPORTED, model_vocab_size, require_compatible
-from nemo_rmt.config import Corpus, Recipe, Task
+from nemo_rmt.config import EARLIER_MODELS, Corpus, Recipe, Task
 from nemo_rmt.errors import UserError
 from nemo_rmt.reference_cache import cached_reference, model_digest, open_reference
 from nemo_rmt.stages.lm_eval import tasks as lm_eval_tasks
 
 logger = logging.getLogger(__name__)
-
-CACHE = "anneal.remit.reference.cache"
 
 
 @dataclass(frozen=True)
@@ -50,10 +48,11 @@ def input_checks(recipe: Recipe, *, data_built: bool = False, download: bool = F
         paths = {"rmt.difficulty.scores": scores}
         checks.append(Check(functools.partial(_check_scores, scores), paths, of_training=True))
     if (reference := cached_reference(recipe)) is not None:
-        paths = {CACHE: reference.cache}
+        key = f"{recipe.anneal.guide_key}.reference"
+        paths = {f"{key}.cache": reference.cache}
         checks.append(Check(functools.partial(open_reference, recipe, Path(reference.cache)), paths, of_training=True))
         if reference.checkpoint is not None:
-            key, folder = "anneal.remit.reference.checkpoint", reference.checkpoint
+            key, folder = f"{key}.checkpoint", reference.checkpoint
             checks.append(Check(functools.partial(model_digest, Path(folder), key), {key: folder}, of_training=True))
     if recipe.evaluate.lm_eval.enabled:
         include = recipe.evaluate.lm_eval.include
@@ -135,10 +134,10 @@ def _given_checkpoints(recipe: Recipe) -> dict[str, str]:
     given = {}
     if recipe.pretrain.checkpoint is not None:
         given["pretrain.checkpoint"] = recipe.pretrain.checkpoint
-    reference = recipe.anneal.remit.reference
-    if recipe.anneal.enabled and recipe.anneal.objective == "remit" and isinstance(reference, str):
-        if reference != "previous":
-            given["anneal.remit.reference"] = reference
+    guide = recipe.anneal.guide if recipe.anneal.enabled else None
+    if guide is not None and isinstance(guide.reference, str):
+        if guide.reference not in EARLIER_MODELS:
+            given[f"{recipe.anneal.guide_key}.reference"] = guide.reference
         elif recipe.iterations == 1:
             logger.info("note: with iterations=1 there is no earlier RL model, so the only anneal is uniform")
     if recipe.rmt.enabled and recipe.rmt.difficulty.scorer != "start":

@@ -90,9 +90,10 @@ def _workload(recipe: Recipe, planned: PlannedStage) -> Workload:
         context=settings.sequence_length / 2,
     )
     if isinstance(settings, Anneal) and planned.inputs.keys() & {"reference", "cache"}:
-        frozen = int("reference" in planned.inputs) + int(settings.remit.gap_model == "frozen")
-        name = "anneal (remit)" if "reference" in planned.inputs else "anneal (remit, cached)"
-        values |= {"name": name, "frozen": frozen, "scored": frozen}
+        against_start = settings.objective == "remit" and settings.remit.gap_model == "frozen"
+        frozen = int("reference" in planned.inputs) + int(against_start)
+        cached = "" if "reference" in planned.inputs else ", cached"
+        values |= {"name": f"anneal ({settings.objective}{cached})", "frozen": frozen, "scored": frozen}
     elif isinstance(settings, Anneal):
         values["name"] = "anneal (uniform)"
     if stage == "rl":

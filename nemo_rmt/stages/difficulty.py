@@ -26,7 +26,7 @@ from nemo_rmt.data.difficulty import (
 from nemo_rmt.data.fingerprint import dataset_fingerprint
 from nemo_rmt.errors import UserError
 from nemo_rmt.megatron.datasets import pieces_of
-from nemo_rmt.megatron.runtime import broadcast_from_last_stage, gather_over_data_parallel
+from nemo_rmt.megatron.runtime import broadcast_from_last_stage, gather_over_data_parallel, max_over_ranks
 from nemo_rmt.megatron.train_step import ScoredModel
 from nemo_rmt.stages.session import Session
 
@@ -69,7 +69,7 @@ def training_scores(session: Session, start: Path) -> list[ScoredCorpus]:
         return scored
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = session.data_folder / "difficulty" / digest
-    if not folder.is_dir():
+    if max_over_ranks([not folder.is_dir()])[0]:  # another process may just be writing the same
         with profiling.part("checkpoint"):
             model = session.frozen_model(scorer)
         scored = score_corpora(session, model, corpora)

@@ -6,6 +6,7 @@ import itertools
 import json
 import time
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,7 @@ from nemo_rmt import profiling
 from nemo_rmt.config import TIERS
 from nemo_rmt.data.batch import TokenBatch
 from nemo_rmt.data.tasks import Problem, TaskFamily, guarded_score
+from nemo_rmt.manifest import checkpoint_step, step_folders
 from nemo_rmt.megatron.datasets import held_out_rows
 from nemo_rmt.megatron.runtime import broadcast_from_last_stage, gather_over_data_parallel, sum_over_data_parallel
 from nemo_rmt.megatron.train_step import ScoredModel
@@ -40,8 +42,7 @@ def run(session: Session) -> None:
     metrics = json.loads((session.data_folder / "result.json").read_text())["metrics"]
     metrics = {name: value for name, value in metrics.items() if name.endswith("/unigram_nll")}
     tokens, model = 0, None
-    for role in roles:
-        checkpoint = session.require_input(role)
+    for role, checkpoint in measured_checkpoints(session, roles):
         with profiling.part("checkpoint"):
             if model is None:
                 model = session.frozen_model(checkpoint)
@@ -49,7 +50,7 @@ def run(session: Session) -> None:
                 session.load_weights(checkpoint, model.modules)
         language, scored = evaluate_text(session, model)
         tasks, sampled = evaluate_tasks(session, model)
-        reasoned, thought = positions.measure(model) if positions else ({}, 0)
+        reasoned, thought = positions.measure(model) if positions and role in roles else ({}, 0)
         prefix = "" if role == roles[-1] else f"{role}/"
         metrics |= {f"{prefix}{name}": value for name, value in {**language, **reasoned, **tasks}.items()}
         tokens += scored + sampled + thought
@@ -61,6 +62,19 @@ def run(session: Session) -> None:
         torch.cuda.empty_cache()
         metrics |= harness.measure(session)
     session.finish(metrics, checkpoint=None, wall_s=time.perf_counter() - began, tokens=tokens)
+
+
+def measured_checkpoints(session: Session, roles: list[str]) -> list[tuple[str, Path]]:
+    """What to measure, under which name: every role's checkpoint, and those that the anneal kept before its last one as
+    anneal@STEP where the recipe asks for them."""
+    found = []
+    for role in roles:
+        last = session.require_input(role)
+        if role == "anneal" and session.recipe.evaluate.along:
+            earlier = [folder for folder in reversed(step_folders(last.parent.parent)) if folder.name < last.name]
+            found += [(f"anneal@{checkpoint_step(folder)}", folder) for folder in earlier]
+        found.append((role, last))
+    return found
 
 
 def held_out_positions(session: Session, roles: list[str]) -> HeldOutPositions | None:

@@ -1,4 +1,5 @@
-"""Scoring: a checkpoint's log-probability of every training token, for ReMiT to read instead of running the model.
+"""Scoring: a checkpoint's log-probability of every training token, for anneals to read instead of running the model;
+with ``top_k``, for distillation, also of the likeliest tokens in the place of each.
 
 Each document is scored from its own start. Training sees the same where a document is whole in its row; where a row
 begins in the middle of one, the model sees only what follows the cut, while here the document's tokens before it are in
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +21,11 @@ import torch.distributed as dist
 from nemo_rmt import pulse
 from nemo_rmt.data import logprob_cache
 from nemo_rmt.data.batch import TokenBatch
-from nemo_rmt.data.logprob_cache import UNSCORED, block_path, encode, windows
+from nemo_rmt.data.cache_blocks import LOGPROBS, Kind, block_bounds, kinds_of, windows
+from nemo_rmt.data.logprob_cache import block_path, encode
 from nemo_rmt.data.packing import first_fit_decreasing
 from nemo_rmt.megatron.datasets import Documents
+from nemo_rmt.megatron.head import TokenScores
 from nemo_rmt.megatron.hugging_face import load_published, published_files
 from nemo_rmt.megatron.model import build_model
 from nemo_rmt.megatron.train_step import FrozenModel, ScoredModel
@@ -54,19 +57,22 @@ def run(session: Session) -> None:
     """Write the blocks that are missing from the cache in the stage's folder, then its manifest."""
     began, folder, layout = time.perf_counter(), session.folder, session.layout
     plan = logprob_cache.read_plan(folder)
+    kinds = kinds_of(plan)
     corpora = {name: Documents(session.data_folder / name / "train") for name in plan["corpora"]}
     blocks = [block for name, documents in corpora.items() for block in blocks_of(name, documents)]
-    missing = missing_blocks(folder, blocks)
-    progress = Progress(folder, blocks, missing, layout.data_size)
+    missing = missing_blocks(folder, blocks, kinds)
+    progress = Progress(folder, blocks, missing, kinds, layout.data_size)
     if missing:
         model = scoring_model(session)
     for block in missing[layout.data_rank :: layout.data_size]:
         documents, scored = corpora[block.corpus], functools.partial(progress.show, block)
         tokens, lengths = documents.tokens(block.first, block.end), documents.lengths[block.first : block.end]
-        numbers = score_documents(session, model, tokens, lengths, plan["sequence_length"], scored)
-        if numbers is not None and layout.tensor_rank == 0:
+        found = score_documents(session, model, tokens, lengths, plan["sequence_length"], scored, kinds)
+        if found is not None:
             with part("checkpoint"):
-                logprob_cache.write_block(block_path(folder, block.corpus, block.number), numbers)
+                for kind, numbers in zip(kinds, found, strict=True):
+                    path = block_path(folder, block.corpus, block.number, kind)
+                    logprob_cache.write_block(path, numbers, kind)
         progress.show(block, 1.0)
     pulse.tick("waiting for the other ranks")
     dist.barrier()
@@ -87,23 +93,24 @@ def run(session: Session) -> None:
 def blocks_of(corpus: str, documents: Documents) -> list[Block]:
     """A corpus's blocks, in order."""
     lengths = documents.lengths
-    bounds = logprob_cache.block_bounds(lengths).tolist()
+    bounds = block_bounds(lengths).tolist()
     return [
         Block(corpus, number, first, end, int(lengths[first:end].sum()))
         for number, (first, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
     ]
 
 
-def missing_blocks(folder: Path, blocks: list[Block]) -> list[Block]:
+def missing_blocks(folder: Path, blocks: list[Block], kinds: list[Kind]) -> list[Block]:
     """Those that are not written yet, as rank 0 finds them: another node may see files late."""
-    found = [[block for block in blocks if not is_there(folder, block)]]
+    found = [[block for block in blocks if not is_there(folder, block, kinds)]]
     dist.broadcast_object_list(found, src=0)
     return found[0]
 
 
-def is_there(folder: Path, block: Block) -> bool:
-    """Whether a block is written."""
-    return logprob_cache.is_written(block_path(folder, block.corpus, block.number), block.tokens)
+def is_there(folder: Path, block: Block, kinds: list[Kind]) -> bool:
+    """Whether all files of a block are written."""
+    paths = [block_path(folder, block.corpus, block.number, kind) for kind in kinds]
+    return all(logprob_cache.is_written(path, block.tokens, kind) for path, kind in zip(paths, kinds, strict=True))
 
 
 def scoring_model(session: Session) -> FrozenModel:
@@ -123,8 +130,10 @@ def score_documents(
     lengths: numpy.ndarray,
     longest: int,
     scored: Callable[[float], None],
-) -> numpy.ndarray | None:
-    """The numbers of documents, uint16 ``[tokens]``, on the last pipeline stage; None on the others.
+    kinds: Sequence[Kind] = (LOGPROBS,),
+) -> list[numpy.ndarray] | None:
+    """The numbers of documents, ``[tokens, width]`` of each kind, on the one rank of each model that is to write them;
+    None on the others.
 
     tokens: the documents', end to end. lengths: of each. longest: most tokens of a document that are seen at once.
     scored: called with the share of the work that is done, less than 1, after each part of it.
@@ -133,24 +142,34 @@ def score_documents(
     width = -(-longest // session.width_multiple) * session.width_multiple
     with part("data"):
         rows = list(filled_rows(windows(lengths, longest), longest))
-    numbers = numpy.full(len(tokens), UNSCORED, dtype=logprob_cache.NUMBERS)
+    writes = layout.is_last_stage and layout.tensor_rank == 0
+    found = [kind.empty(len(tokens)) for kind in kinds] if writes else None
+    top_k = kinds[1].width if len(kinds) > 1 else 0
     at_once = size * (1 if layout.pipeline_size == 1 else ROWS_PER_STAGE * layout.pipeline_size)
     for begin in range(0, len(rows), at_once):
         with part("data"):
             chosen = rows[begin : begin + at_once]
             count = session.whole_rows(len(chosen), size)
             batch, places = packed(tokens, chosen, count, width, session.tokenizer.pad)
-        scores = model.score(batch.to(layout.device), size)
-        if scores is not None:
-            logprobs = scores.logprobs.float().cpu().numpy()
+        scores = model.score(batch.to(layout.device), size, top_k=top_k)
+        if found is not None:
             taken = places >= 0
-            numbers[places[taken]] = encode(logprobs[taken])
+            for numbers, values in zip(found, stored(scores), strict=True):
+                numbers[places[taken]] = values[taken]
         scored(begin / len(rows))
-    return numbers if layout.pipeline_rank == layout.pipeline_size - 1 else None
+    return found
+
+
+def stored(scores: TokenScores) -> list[numpy.ndarray]:
+    """``[rows, sequence, width]`` of each kind, as files have them."""
+    numbers = [encode(scores.logprobs[..., None].cpu().numpy())]
+    if scores.top_tokens is not None:
+        numbers += [scores.top_tokens.cpu().numpy(), encode(scores.top_logprobs.cpu().numpy())]
+    return numbers
 
 
 def filled_rows(found: numpy.ndarray, longest: int) -> Iterator[numpy.ndarray]:
-    """Windows (see ``logprob_cache.windows``) that share a row of ``longest`` tokens, row after row."""
+    """Windows (see ``cache_blocks.windows``) that share a row of ``longest`` tokens, row after row."""
     lots = numpy.cumsum(found[:, 1]) // (ROWS_PACKED * longest)
     for lot in numpy.split(found, numpy.flatnonzero(numpy.diff(lots)) + 1):
         for row in first_fit_decreasing(lot[:, 1].tolist(), longest):
@@ -185,11 +204,12 @@ def packed(
 class Progress:
     """Lines that say how far the cache is; on rank 0, which sees the files of all.
 
-    folder: the cache. blocks: all of its. missing: those that are to be written now, by ``ranks`` at a time.
+    folder: the cache. blocks: all of its. missing: those that are to be written now, by ``ranks`` at a time. kinds: of
+    each block's files.
     """
 
-    def __init__(self, folder: Path, blocks: list[Block], missing: list[Block], ranks: int):
-        self.folder, self.blocks, self.pending, self.ranks = folder, blocks, missing, ranks
+    def __init__(self, folder: Path, blocks: list[Block], missing: list[Block], kinds: list[Kind], ranks: int):
+        self.folder, self.blocks, self.pending, self.kinds, self.ranks = folder, blocks, missing, kinds, ranks
         self.tokens = sum(block.tokens for block in missing)
         self.began = self.said = time.monotonic()
 
@@ -199,7 +219,7 @@ class Progress:
         if dist.get_rank() or (share < 1 and now - self.said < PROGRESS_S):
             return
         self.said = now
-        self.pending = [each for each in self.pending if not is_there(self.folder, each)]
+        self.pending = [each for each in self.pending if not is_there(self.folder, each, self.kinds)]
         # The other ranks are as far with theirs.
         scored = share * sum(each.tokens for each in self.pending[: self.ranks]) if share < 1 else 0
         left = sum(each.tokens for each in self.pending) - scored

@@ -156,11 +156,7 @@ class Training:
         flat |= {"train/tokens": self.tokens, "train/tokens_per_s": tokens / seconds, "train/step_s": seconds}
         flat |= self._utilisation(tokens / seconds)
         flat["train/skipped_steps"] = self.model.guard.skipped_steps
-        self.metrics = {
-            name: value
-            for name, value in flat.items()
-            if not name.startswith("remit/weight_hist") and math.isfinite(value)
-        }
+        self.metrics = {name: value for name, value in flat.items() if "_hist_" not in name and math.isfinite(value)}
         self.tracker.log(self.done, flat)
         return flat
 

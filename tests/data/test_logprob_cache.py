@@ -11,18 +11,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_rmt.data import logprob_cache
+from nemo_rmt.data import cache_blocks
+from nemo_rmt.data.cache_blocks import UNSCORED, block_bounds, kinds_of, windows
 from nemo_rmt.data.logprob_cache import (
-    UNSCORED,
     LogprobCache,
     Stretches,
     begin,
-    block_bounds,
     block_path,
     complete,
     decode,
     encode,
-    windows,
     write_block,
 )
 from nemo_rmt.errors import UserError
@@ -68,7 +66,7 @@ def test_what_is_beyond_the_range_is_clamped_and_never_taken_for_a_token_without
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40))
 def test_blocks_are_whole_documents_in_order_of_about_the_same_size(lengths):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logprob_cache, "BLOCK_TOKENS", 50)
+        patch.setattr(cache_blocks, "BLOCK_TOKENS", 50)
         bounds = block_bounds(numpy.array(lengths)).tolist()
     assert bounds[0] == 0 and bounds[-1] == len(lengths) and bounds == sorted(set(bounds))
     assert all(sum(lengths[a:b]) < 50 + 60 for a, b in zip(bounds[:-1], bounds[1:], strict=True))
@@ -94,22 +92,33 @@ def test_every_token_but_first_ones_is_taken_once_from_the_window_with_most_befo
     assert not taken
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    """A complete cache of LENGTHS's documents, token i of which has number i."""
-    monkeypatch.setattr(logprob_cache, "BLOCK_TOKENS", 10)
-    folder = tmp_path / "cache"
-    begin(folder, PLAN)
+def write_cache(folder: Path, plan: dict) -> Path:
+    """A complete cache of LENGTHS's documents. Token i has number i; its K likeliest are 1000 i and those that follow,
+    with the numbers i and those that follow."""
+    begin(folder, plan)
     bounds = block_bounds(LENGTHS)
     ends = numpy.cumsum(LENGTHS)
     sizes = [int(LENGTHS[a:b].sum()) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
     for block, (end, size) in enumerate(zip(ends[bounds[1:] - 1], sizes, strict=True)):
-        write_block(block_path(folder, "chains", block), numpy.arange(end - size, end))
+        for kind, factor in zip(kinds_of(plan), (1, 1000, 1), strict=False):
+            numbers = numpy.arange(end - size, end)[:, None] * factor + numpy.arange(kind.width)
+            write_block(block_path(folder, "chains", block, kind), numbers, kind)
     complete(folder, {"chains": sizes})
     return folder
 
 
-def test_rows_are_read_wherever_their_documents_lie(cache):
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(cache_blocks, "BLOCK_TOKENS", 10)
+
+
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    return write_cache(tmp_path / "cache", PLAN)
+
+
+def some_rows() -> list[Stretches]:
+    """Rows from the middle of a document, of whole documents, and of one that comes twice."""
     starts = numpy.cumsum(LENGTHS) - LENGTHS
     rows = []
     for documents, skipped in (([6, 0], 2), ([2, 5], 0), ([4, 3, 3], 4)):
@@ -118,12 +127,63 @@ def test_rows_are_read_wherever_their_documents_lie(cache):
         first = starts[documents]
         first[0] += skipped
         rows.append(Stretches(Path("run/chains/train"), numpy.array(documents), first, sizes))
-    for row in rows:
-        expected = [i for first, size in zip(row.first, row.sizes, strict=True) for i in range(first, first + size)]
+    return rows
+
+
+def tokens_of(row: Stretches) -> list[int]:
+    """Where its tokens are in the dataset."""
+    return [i for first, size in zip(row.first, row.sizes, strict=True) for i in range(first, first + size)]
+
+
+def test_rows_are_read_wherever_their_documents_lie(cache):
+    for row in some_rows():
         found = LogprobCache(cache).logprobs([row])
         assert found.dtype == numpy.float32
-        assert (found[0] * -1024).tolist() == expected
+        assert (found[0] * -1024).tolist() == tokens_of(row)
     assert len(list((cache / "chains").iterdir())) > 2
+
+
+@pytest.mark.parametrize(("vocab_size", "suffix", "size"), [(2**16, "u16", 2), (2**16 + 1, "u32", 4)])
+def test_the_likeliest_tokens_are_read_beside_the_log_probabilities(tmp_path, vocab_size, suffix, size):
+    folder = write_cache(tmp_path / "cache", {**PLAN, "top_k": 3, "vocab_size": vocab_size})
+    for block in (0, 1):
+        held = block_path(folder, "chains", block).stat().st_size // 2
+        assert (folder / f"chains/block_0000{block}.top_tokens.{suffix}").stat().st_size == held * 3 * size
+    cache = LogprobCache(folder)
+    assert cache.top_k == 3
+    for row in some_rows():
+        tokens, logprobs = cache.top([row, row])
+        assert (tokens.dtype, logprobs.dtype) == (numpy.int64, numpy.float32)
+        assert tokens[1].tolist() == [[1000 * i, 1000 * i + 1, 1000 * i + 2] for i in tokens_of(row)]
+        assert (logprobs[0] * -1024).tolist() == [[i, i + 1, i + 2] for i in tokens_of(row)]
+        assert (cache.logprobs([row])[0] * -1024).tolist() == tokens_of(row)
+
+
+def test_a_token_without_a_score_has_no_likeliest_ones(tmp_path):
+    _, tokens, logprobs = kinds_of({"top_k": 2, "vocab_size": 300})
+    assert tokens.empty(1).tolist() == [[0, 0]] and numpy.isnan(decode(logprobs.empty(1))).all()
+
+
+def test_a_cache_without_likeliest_tokens_says_so(cache):
+    found = LogprobCache(cache)
+    assert found.top_k == 0
+    with pytest.raises(ValueError, match="has log-probabilities only"):
+        found.top(some_rows()[:1])
+
+
+@pytest.mark.parametrize("name", ["block_00000.top_tokens.u16", "block_00001.top_logprobs.u16"])
+def test_a_truncated_file_of_likeliest_tokens_is_refused(tmp_path, name):
+    folder = write_cache(tmp_path / "cache", {**PLAN, "top_k": 3, "vocab_size": 300})
+    path = folder / "chains" / name
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(UserError, match=f"is truncated: chains/{name} has {path.stat().st_size} bytes instead of"):
+        LogprobCache(folder)
+
+
+def test_messages_name_the_reference_whose_cache_it_is(cache):
+    found = LogprobCache(cache, "anneal.distill.reference")
+    with pytest.raises(UserError, match="anneal.distill.reference.cache=.* than anneal.distill.reference.checkpoint"):
+        found.require({"chains": "d" * 64}, "t" * 64, "n" * 64)
 
 
 def test_a_cache_of_other_data_tokens_or_model_is_refused(cache):
@@ -177,6 +237,11 @@ def test_a_cache_goes_on_only_as_what_it_began_as(tmp_path):
     }.items():
         with pytest.raises(UserError, match=f"begun as another one: {key} .* give another folder"):
             begin(folder, {**PLAN, key: value})
+    with pytest.raises(UserError, match="top_k 0 there, 8 now; give another folder, cache=FOLDER, or no top_k"):
+        begin(folder, {**PLAN, "top_k": 8, "vocab_size": 300})
+    begin(tmp_path / "top", {**PLAN, "top_k": 8, "vocab_size": 300})
+    with pytest.raises(UserError, match="top_k 8 there, 4 now; give another folder, cache=FOLDER, or top_k=8"):
+        begin(tmp_path / "top", {**PLAN, "top_k": 4, "vocab_size": 300})
     assert json.loads((folder / "plan.json").read_text()) == PLAN
 
 

@@ -65,7 +65,7 @@ def check(layout, sequence_parallel: bool, vocab_size: int, temperature: float |
     )
     (upstream[0] * scores.logprobs + upstream[1] * scores.entropy).sum().backward()
     close = {"rtol": 1e-5, "atol": 1e-5}
-    for ours, theirs in zip(scores, expected, strict=True):
+    for ours, theirs in zip(scores[:3], expected, strict=True):
         torch.testing.assert_close(ours, theirs.float(), **close)
     assert scores.hits[0].min() == 1 and scores.hits.mean() < 1
     torch.testing.assert_close(ours_hidden.grad, full_hidden.grad[part], **close)

@@ -58,7 +58,7 @@ def test_the_installed_entry_point_adds_every_command_of_nemo_rmt(capsys):
     assert "Couldn't load entrypoint rmt" not in done.stdout
     with pytest.raises(SystemExit):
         cli.main(["--help"])
-    commands = re.findall(r"^    (\w+)  ", capsys.readouterr().out, re.MULTILINE)
+    commands = re.findall(r"^    (\w+)(?:  |$)", capsys.readouterr().out, re.MULTILINE)
     assert "flywheel" in commands
     assert re.findall(r"^│ (\w+)  ", done.stdout, re.MULTILINE) == [*nemo_run_cli.STARTING, *nemo_run_cli.OTHERS]
     assert sorted(commands) == sorted([*nemo_run_cli.STARTING, *nemo_run_cli.OTHERS])

@@ -54,6 +54,14 @@ def test_weights_equal_a_loop_over_tokens(shape, seed, epsilon, scale, documents
     torch.testing.assert_close(weights, weights_by_loops(reference, policy, mask, epsilon, scale, segments))
 
 
+def test_without_centring_a_reference_that_likes_everything_less_weighs_everything_less():
+    reference, policy, mask, segments = batch((3, 8), 4)
+    weights = remit_weights(reference - 9, policy, mask, epsilon=0.3, segment_ids=segments, centred=False)
+    torch.testing.assert_close(weights, 0.7 * mask)
+    alone = remit_weights(reference, policy, mask, epsilon=1.0, centred=False)
+    torch.testing.assert_close(alone, 2 / (1 + torch.exp(policy - reference)) * mask)
+
+
 @settings(max_examples=25, deadline=None)
 @given(shapes, seeds, epsilons)
 def test_equal_models_give_exactly_one_on_the_mask_and_zero_elsewhere(shape, seed, epsilon):
@@ -135,11 +143,25 @@ def test_metrics_equal_counts_by_loops():
     assert values["share_high"].item() == pytest.approx(sum(w == high for w in kept) / count)
     assert 0 < values["share_low"].item() < 1
     assert values["gap_mean"].item() == pytest.approx(sum(gaps) / count, rel=1e-4, abs=1e-6)
+    assert values["gap_abs"].item() == pytest.approx(sum(map(abs, gaps)) / count, rel=1e-4)
+    assert values["gap_hist"].tolist() == pytest.approx(
+        [
+            sum(-2 + 4 * b / bins <= min(max(gap, -2), 1.99) < -2 + 4 * (b + 1) / bins for gap in gaps) / count
+            for b in range(bins)
+        ]  # fmt: skip
+    )
     assert values["weight_hist"].shape == (bins,)
     assert values["weight_hist"].sum().item() == pytest.approx(1.0)
     assert values["weight_hist"][0].item() == pytest.approx(
         sum(w < low + 2 * epsilon / bins - 1e-6 for w in kept) / count
     )
+
+
+def test_gaps_beyond_the_histogram_are_in_its_outer_bins():
+    gap = torch.tensor([[-9.0, -2.0, 0.0, 1.95, 9.0, torch.inf]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0]])
+    histogram, count = remit_metrics(torch.ones(1, 6), gap, mask, 0.2)["gap_hist"]
+    assert histogram.tolist() == [2.0] + [0.0] * 9 + [1.0] + [0.0] * 8 + [2.0] and count == 5
 
 
 def test_metrics_of_equal_models_lie_in_one_bin_with_no_spread():

@@ -1,16 +1,19 @@
-"""pass@k and intervals against enumeration and known values."""
+"""pass@k, intervals and p-values against enumeration and known values."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import statistics
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_rmt.objectives import mean_interval, pass_at_k, wilson_interval
+from nemo_rmt.objectives.statistics import paired_bootstrap, sign_flip_p
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(n, c, k) for n in (1, 2, 5) for c in range(n + 1) for k in range(1, n + 1)])
@@ -76,3 +79,97 @@ def test_wrong_counts_and_confidence_are_refused():
         mean_interval([])
     with pytest.raises(ValueError, match="confidence must be between 0 and 1, got 95"):
         wilson_interval(1, 2, confidence=95)
+
+
+def exact_bootstrap_means(differences):
+    """The mean of every one of the n ** n resamples."""
+    return sorted(statistics.fmean(draw) for draw in itertools.product(differences, repeat=len(differences)))
+
+
+def test_the_paired_bootstrap_agrees_with_every_resample_there_is():
+    differences = [0.03, -0.01, 0.08, 0.05, 0.02]
+    means = exact_bootstrap_means(differences)
+    mean, low, high = paired_bootstrap(differences, resamples=200_000)
+    assert mean == pytest.approx(0.034)
+    assert low == pytest.approx(means[round(0.025 * len(means))], abs=1e-3)
+    assert high == pytest.approx(means[round(0.975 * len(means))], abs=1e-3)
+
+
+def test_the_paired_bootstrap_agrees_with_the_normal_interval_of_many_differences():
+    generator = random.Random(1)
+    differences = [generator.gauss(0.1, 1) for _ in range(400)]
+    half = 1.959964 * statistics.stdev(differences) / 20
+    mean, low, high = paired_bootstrap(differences)
+    assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.02)
+
+
+def test_a_wider_confidence_gives_a_wider_interval():
+    differences = [0.1, 0.4, -0.2, 0.3, 0.0, 0.2]
+    wide, narrow = paired_bootstrap(differences, confidence=0.99), paired_bootstrap(differences, confidence=0.5)
+    assert wide.low < narrow.low < narrow.high < wide.high
+
+
+def test_the_paired_bootstrap_is_deterministic_and_its_seed_counts():
+    differences = [0.1, 0.4, -0.2, 0.3, 0.05, 0.17, 0.26]
+    assert paired_bootstrap(differences) == paired_bootstrap(differences)
+    assert paired_bootstrap(differences) != paired_bootstrap(differences, seed=1)
+
+
+def test_one_difference_says_nothing_about_the_spread():
+    assert paired_bootstrap([0.3]) == (0.3, -math.inf, math.inf)
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=8))
+def test_the_bootstrap_interval_holds_the_mean_and_stays_within_the_differences(differences):
+    mean, low, high = paired_bootstrap(differences, resamples=200)
+    slack = 1e-9 * max(map(abs, differences))
+    assert min(differences) - slack <= low <= mean <= high <= max(differences) + slack
+
+
+def test_how_often_the_bootstrap_of_five_seeds_finds_what_is_not_there():
+    generator = random.Random(0)
+    found = 0
+    for _ in range(1000):
+        _, low, high = paired_bootstrap([generator.gauss(0, 1) for _ in range(5)], resamples=1000)
+        found += not low <= 0 <= high
+    assert 0.12 <= found / 1000 <= 0.22
+
+
+@pytest.mark.parametrize(
+    "differences",
+    [
+        [0.3],
+        [0.1, 0.2, 0.3, 0.4, 0.5],
+        [0.1, -0.2, 0.3, 0.05],
+        [1.0, 1.0, -1.0],
+        [0.2, -0.2],
+        [0.0, 0.0, 0.1],
+        [0.1] * 7,
+    ],
+)
+def test_the_sign_flip_p_value_is_the_share_of_sign_choices_as_far_out(differences):
+    def total(signs):
+        return abs(sum(Fraction(str(value)) * sign for value, sign in zip(differences, signs, strict=True)))
+
+    observed = total([1] * len(differences))
+    choices = list(itertools.product((-1, 1), repeat=len(differences)))
+    assert sign_flip_p(differences) == sum(total(signs) >= observed for signs in choices) / len(choices)
+
+
+def test_five_seeds_cannot_give_a_lower_p_value_than_a_sixteenth():
+    assert sign_flip_p([1.0, 2.0, 3.0, 4.0, 5.0]) == 1 / 16
+
+
+def test_the_sign_flip_p_value_of_many_seeds_is_exact_too():
+    assert sign_flip_p([1.0] * 30) == 2 / 2**30
+
+
+def test_no_effect_at_all_has_a_p_value_of_one():
+    assert sign_flip_p([0.0, 0.0, 0.0]) == 1.0 and sign_flip_p([0.3, -0.3]) == 1.0
+
+
+@pytest.mark.parametrize("differences", [[], [0.1, math.nan], [math.inf]])
+def test_differences_that_are_none_or_not_finite_are_refused(differences):
+    for function in (paired_bootstrap, sign_flip_p):
+        with pytest.raises(ValueError, match="differences must be at least one finite number"):
+            function(differences)

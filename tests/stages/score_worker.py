@@ -2,8 +2,8 @@
 
 usage: score_worker.py BLOCK_TOKENS KILL_AFTER STAGE.yaml ...
 
-KILL_AFTER: blocks after which the process is killed, 0: never. Every block that is written is noted in the cache's
-written.txt.
+KILL_AFTER: files after which the process is killed, 0: never. Every file of a block that is written is noted in the
+cache's written.txt.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import signal
 import sys
 from pathlib import Path
 
-from nemo_rmt.data import logprob_cache
+from nemo_rmt.data import cache_blocks, logprob_cache
 from nemo_rmt.megatron.runtime import distributed
 from nemo_rmt.stages.job import StageJob
 from nemo_rmt.stages.session import Session
 
 
 def main(block_tokens: int, kill_after: int, stages: list[Path]) -> None:
-    logprob_cache.BLOCK_TOKENS = block_tokens
+    cache_blocks.BLOCK_TOKENS = block_tokens
     write, written = logprob_cache.write_block, []
 
-    def noted(path: Path, numbers) -> None:
+    def noted(path: Path, *given) -> None:
         if kill_after and len(written) == kill_after:
             path.parent.mkdir(exist_ok=True)
             path.with_suffix(".tmp").write_bytes(b"torn")
             os.kill(os.getpid(), signal.SIGKILL)
-        write(path, numbers)
+        write(path, *given)
         written.append(path.name)
         with open(path.parent.parent / "written.txt", "a") as note:
             note.write(f"{path.parent.name}/{path.name}\n")

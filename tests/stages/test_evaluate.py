@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from nemo_rmt.megatron.datasets import held_out_rows
 from nemo_rmt.megatron.runtime import distributed
 from nemo_rmt.rollout.engine import Rollout
 from nemo_rmt.stages import evaluate
-from nemo_rmt.stages.evaluate import evaluate_problems, evaluate_text, whole_batches
+from nemo_rmt.stages.evaluate import evaluate_problems, evaluate_text, measured_checkpoints, whole_batches
 from nemo_rmt.stages.job import StageJob
 from nemo_rmt.stages.session import Session
 
@@ -37,7 +39,7 @@ def direct(session, model, domain: str) -> list[tuple[float, float, bool]]:
         scores = model.score(batch, 1, with_entropy=True)
         for place in range(40):
             if int(batch.tokens[0, place]) != session.tokenizer.eod:
-                values = (each[0, place] for each in scores)
+                values = (each[0, place] for each in scores[:3])
                 logprob, entropy, hit = map(float, values)
                 found.append((-logprob, entropy, hit == 1.0))
     return found
@@ -111,3 +113,18 @@ def test_task_figures_are_shares_of_problems_solved(session, model, monkeypatch)
     assert figures["pass@1_low"] < 0.25 < figures["pass@1_high"]
     assert figures["greedy_low"] < 0.5 < figures["greedy_high"]
     assert tokens == figures["response_length"] * 16
+
+
+@pytest.mark.parametrize("along", [True, False])
+def test_the_checkpoints_that_an_anneal_kept_on_its_way_are_measured_where_asked_for(along, recipe, tmp_path):
+    recipe = recipe.model_copy(deep=True)
+    recipe.evaluate.along = along
+    checkpoints = {}
+    for stage, steps in {"anneal": (10, 200, 30), "rl": (5, 9)}.items():
+        for step in steps:
+            checkpoints[stage, step] = folder = tmp_path / stage / "checkpoints" / f"step_{step:08d}"
+            folder.mkdir(parents=True)
+    given = {"anneal": checkpoints["anneal", 200], "rl": checkpoints["rl", 9]}
+    session = SimpleNamespace(recipe=recipe, require_input=given.__getitem__)
+    earlier = [(f"anneal@{step}", checkpoints["anneal", step]) for step in (10, 30)] if along else []
+    assert measured_checkpoints(session, ["anneal", "rl"]) == [*earlier, *given.items()]

@@ -15,9 +15,10 @@ from small_recipe import small_recipe
 from torchrun import run_ranks
 
 from nemo_rmt.config import Recipe
-from nemo_rmt.data import logprob_cache
+from nemo_rmt.data import cache_blocks
 from nemo_rmt.data.batch import TokenBatch
-from nemo_rmt.data.logprob_cache import LogprobCache, begin, decode
+from nemo_rmt.data.cache_blocks import kinds_of
+from nemo_rmt.data.logprob_cache import LogprobCache, begin, decode, read_plan
 from nemo_rmt.data.tokenizer import Tokenizer
 from nemo_rmt.errors import UserError
 from nemo_rmt.megatron.datasets import Documents, write_dataset
@@ -36,6 +37,7 @@ LAYOUTS = {
     "pp2": (2, {"pipeline": 2}),
     "dp2": (2, {}),
 }
+TOP_K = 3
 UNIT = 1 / 1024
 DOCUMENT, ROW = 16, 64
 
@@ -48,20 +50,32 @@ def write_pretrain(folder: Path, recipe: Recipe, data: Path, seed: int) -> Path:
     return folder / f"seed_{seed}" / "pretrain" / "stage.yaml"
 
 
-def write_score(folder: Path, recipe: Recipe, data: Path, checkpoint: Path, longest: int = ROW) -> Path:
+def write_score(
+    folder: Path, recipe: Recipe, data: Path, checkpoint: Path, longest: int = ROW, top_k: int = TOP_K
+) -> Path:
     """A cache that has begun, and its job."""
-    scoring = Scoring(checkpoint, folder, longest)
+    scoring = Scoring(checkpoint, folder, longest, top_k)
     begin(folder, cache_plan(recipe, scoring, data))
     scoring_job(recipe, scoring, data).save(folder / "stage.yaml")
     return folder / "stage.yaml"
 
 
-def blocks(cache: Path) -> dict[str, numpy.ndarray]:
-    """Every block's log-probabilities, NaN as 1."""
-    return {
-        f"{path.parent.name}/{path.name}": numpy.nan_to_num(decode(numpy.fromfile(path, dtype="<u2")), nan=1.0)
-        for path in sorted(cache.glob("*/block_*.u16"))
-    }
+def blocks(cache: Path, kind: int = 0) -> dict[str, numpy.ndarray]:
+    """Every block's numbers of a kind, by its file: log-probabilities with NaN as 1, or tokens (1)."""
+    kind = kinds_of(read_plan(cache))[kind]
+    read = lambda path: numpy.fromfile(path, dtype=kind.dtype).reshape(-1, kind.width).squeeze()  # noqa: E731
+    values = (
+        (lambda numbers: numbers)
+        if "tokens" in kind.suffix
+        else lambda numbers: numpy.nan_to_num(decode(numbers), nan=1.0)
+    )
+    paths = [path for path in sorted(cache.glob("*/block_*")) if path.name.split(".", 1)[1] == kind.suffix]
+    return {f"{path.parent.name}/{path.name}": values(read(path)) for path in paths}
+
+
+def files(cache: Path) -> list[str]:
+    """Every file of every block."""
+    return sorted(f"{path.parent.name}/{path.name}" for path in cache.glob("*/block_*.u16"))
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +120,19 @@ def test_the_blocks_of_every_layout_are_one_ranks(run, recipe, data_folder, name
     assert found.keys() == expected.keys()
     for block, logprobs in expected.items():
         assert numpy.abs(found[block] - logprobs).max() <= UNIT
-    assert sorted((run / name / "written.txt").read_text().split()) == sorted(expected)
+    for (block, logprobs), tokens in zip(
+        blocks(run / "one_rank", 2).items(), blocks(run / "one_rank", 1).values(), strict=True
+    ):
+        assert numpy.abs(blocks(run / name, 2)[block] - logprobs).max() <= UNIT
+        # Where two are as likely but for rounding, layouts may take them in another order.
+        assert (blocks(run / name, 1)[block.replace("logprobs", "tokens")] == tokens).mean() > 0.999
+    written = (run / name / "written.txt").read_text().split()
+    assert sorted(written) == files(run / name) and len(written) == 3 * len(expected)
 
 
 def test_after_a_kill_only_what_is_missing_is_scored_and_the_bytes_are_the_same(run, recipe, data_folder):
     stage = write_score(run / "killed", recipe, data_folder, model(run))
-    command = [sys.executable, str(WORKER), str(BLOCK_TOKENS), "3", str(stage)]
+    command = [sys.executable, str(WORKER), str(BLOCK_TOKENS), "5", str(stage)]
     done = subprocess.run(command, capture_output=True, timeout=150)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-3000:]
     assert len(list((run / "killed").glob("*/*.tmp"))) == 1
@@ -119,7 +140,8 @@ def test_after_a_kill_only_what_is_missing_is_scored_and_the_bytes_are_the_same(
         LogprobCache(run / "killed")
     run_ranks(WORKER, 1, str(BLOCK_TOKENS), "0", str(stage))
     written = (run / "killed" / "written.txt").read_text().split()
-    assert len(written) == len(set(written)) == len(blocks(run / "one_rank"))
+    # Killed with one block whole and another without its numbers, which is scored again.
+    assert set(written) == set(files(run / "one_rank")) and len(written) == len(set(written)) + 2
     for path in (run / "one_rank").glob("*/*.u16"):
         assert (run / "killed" / path.relative_to(run / "one_rank")).read_bytes() == path.read_bytes()
     assert not list((run / "killed").glob("*/*.tmp"))
@@ -142,7 +164,7 @@ def scored(session: Session, scorer: ScoredModel, tokens: list[int]) -> list[flo
 def test_every_document_is_scored_from_its_own_start_as_it_would_be_alone(
     run, recipe, data_folder, layout, tmp_path, monkeypatch, longest
 ):
-    monkeypatch.setattr(logprob_cache, "BLOCK_TOKENS", BLOCK_TOKENS)
+    monkeypatch.setattr(cache_blocks, "BLOCK_TOKENS", BLOCK_TOKENS)
     stage = write_score(tmp_path / "cache", recipe, data_folder, model(run), longest)
     session = Session(StageJob.load(stage), stage.parent, layout)
     score.run(session)
@@ -162,6 +184,24 @@ def test_every_document_is_scored_from_its_own_start_as_it_would_be_alone(
             expected = scored(session, scorer, window)[own - 1 :]
             at = starts[document] + begin_at + own
             assert numbers[at : at + len(expected)].tolist() == pytest.approx(expected, abs=UNIT / 2 + 1e-5)
+
+
+def test_the_likeliest_tokens_are_those_in_the_place_of_each(run, recipe, data_folder, layout):
+    session = Session(StageJob.load(run / "one_rank" / "stage.yaml"), run / "one_rank", layout)
+    scorer, documents = session.frozen_model(model(run)), Documents(data_folder / "chains" / "train")
+    tokens, logprobs = (blocks(run / "one_rank", kind) for kind in (1, 2))
+    tokens, logprobs = tokens["chains/block_00000.top_tokens.u16"], logprobs["chains/block_00000.top_logprobs.u16"]
+    begin_at = 0
+    for document, length in enumerate(documents.lengths[:5].tolist()):
+        words = documents.tokens(document, document + 1).tolist()
+        batch = TokenBatch.from_examples([(words, [1.0] * length)], session.tokenizer.pad, None)
+        states = scorer.hidden_states(batch, 1)[0] @ scorer.output_weight.t()
+        expected = states[:, : session.vocab_size].log_softmax(-1).topk(TOP_K)
+        place = slice(begin_at + 1, begin_at + length)
+        assert (tokens[place] == expected.indices.numpy()).mean() > 0.99
+        assert numpy.abs(logprobs[place] - expected.values.numpy()).max() <= UNIT / 2 + 1e-5
+        assert (logprobs[begin_at] == 1).all()  # without a score
+        begin_at += length
 
 
 @pytest.fixture(scope="module")
