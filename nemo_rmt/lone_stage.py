@@ -1,9 +1,15 @@
-"""Running a saved stage.yaml by itself, outside any flywheel."""
+"""Running a saved stage.yaml by itself, outside any flywheel.
+
+``python -m nemo_rmt.lone_stage STAGE.yaml DESCRIPTOR`` does it for a parent that holds the stage's lock: an open file,
+by its number, which the stage's processes inherit.
+"""
 
 from __future__ import annotations
 
 import functools
+import logging
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from nemo_rmt import preflight
@@ -21,11 +27,12 @@ NO_CHECKPOINT = ("data", "cache", "published")
 """Roles of inputs that are no checkpoints; the stage itself sees whether they are whole."""
 
 
-def run_stage_file(path: Path) -> int:
+def run_stage_file(path: Path, lock: int | None = None) -> int:
     """Run the stage that ``path`` describes in the folder it lies in; returns the exit status as run_flywheel does.
 
     It continues from that folder's checkpoints. To run a finished stage afresh, copy its stage.yaml to a new
     folder beside it. Raises UserError for an unreadable file or inputs that are missing.
+    lock: file descriptor of a lock that the caller holds; None: the run's is taken.
     """
     folder = path.resolve().parent
     job = StageJob.load(path)
@@ -43,8 +50,8 @@ def run_stage_file(path: Path) -> int:
     recipe, run = job.recipe, RunFolder((folder / job.run_dir).resolve())
 
     def lead(meeting: Meeting) -> int:
-        with run.lock() as lock:
-            outcome = start(path.resolve(), recipe, worker_command, meeting, lock)
+        with run.lock() if lock is None else nullcontext(lock) as held:
+            outcome = start(path.resolve(), recipe, worker_command, meeting, held)
         return exit_status(outcome, str(path))
 
     check = functools.partial(preflight.check_machine, recipe)
@@ -56,3 +63,17 @@ def exit_status(outcome: Outcome, name: str) -> int:
     if outcome.status not in (DONE, STOPPED):
         print(f"nemo-rmt: {name} failed: {outcome.reason}", file=sys.stderr)
     return outcome.status if outcome.status in (DONE, STOPPED, WRONG_INPUT) else FAILED
+
+
+def main(argv: list[str]) -> int:
+    """Run one stage for a parent that holds its lock, and return the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        return run_stage_file(Path(argv[0]), int(argv[1]))
+    except UserError as error:
+        print(f"nemo-rmt: error: {error}", file=sys.stderr)
+        return WRONG_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -227,7 +227,7 @@ def remit_weights(stage: StageRecord, epsilon: float) -> Figure:
     return as_figure(
         canvas,
         f"ReMiT's token weights, iteration {stage.iteration}",
-        "How strongly the RL model re-weights the corpus. Tokens it finds likelier than the base does, more than is "
+        "How strongly the reference re-weights the corpus. Tokens it finds likelier than the base does, more than is "
         "usual in their document, weigh above 1. Clipped tokens are in the outer bins.",
         [f"{stage.folder}/metrics.jsonl"],
     )

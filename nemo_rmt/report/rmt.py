@@ -12,21 +12,12 @@ from nemo_rmt.report.drawing import STAGE_COLORS, STYLE, Figure, as_figure, curv
 from nemo_rmt.report.estimates import Estimate
 from nemo_rmt.report.reasoning import TIERS, Reasoning, ThoughtLength, before_and_after, start_model
 from nemo_rmt.report.run import Run, StageRecord
-from nemo_rmt.report.tables import MODEL_NAMES, MODELS, Table, share
+from nemo_rmt.report.tables import MODEL_NAMES, MODELS, Card, Table, share
 
 TIER_COLORS = {"easy": "#9dbbe0", "medium": "#4f83c4", "hard": "#17325f"}
 DIRECT_COLOR = "#8a96a3"
 WINDOWS = 20  # a curve's running mean spans a twentieth of the steps
 HEADROOM = 1.22  # room for the legend above the curves
-
-
-@dataclass(frozen=True)
-class Card:
-    """A table with its title and what to know before reading it."""
-
-    title: str
-    text: str
-    table: Table
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,15 @@ class Table:
     sources: list[str]
 
 
+@dataclass(frozen=True)
+class Card:
+    """A table with its title and what to know before reading it."""
+
+    title: str
+    text: str
+    table: Table
+
+
 def prefix(model: str) -> str:
     """What evaluate puts before the metrics of a stage's model: nothing for the iteration's final one."""
     return "" if model == "rl" else f"{model}/"
@@ -112,6 +121,9 @@ def _variant(stage: StageRecord) -> str:
     """What is not plain about a stage's objective, by what it logged."""
     if stage.has_remit:
         return " (ReMiT)"
+    for name, logged in (("Rho-1", "rho1/selected"), ("distillation", "distill/divergence")):
+        if any(logged in record for record in stage.steps):
+            return f" ({name})"
     return " (next-token prediction)" if stage.is_rmt_baseline else ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 
+from nemo_rmt.config import EARLIER_MODELS
 from nemo_rmt.report.estimates import Estimate, Skill, difference
 from nemo_rmt.report.findings.finding import Finding
 from nemo_rmt.report.run import Run, StageRecord, domains
@@ -56,11 +57,11 @@ def _outcome(change: Estimate) -> str:
 
 
 def is_uniform(run: Run, anneal: StageRecord) -> bool:
-    """Whether a finished or started anneal ran without ReMiT, by its recipe and by what it logged."""
-    remit_from_the_start = (
-        run.setting("anneal", "objective") == "remit" and run.setting("anneal", "remit", "reference") != "previous"
-    )
-    return bool(anneal.steps) and not anneal.has_remit and not (remit_from_the_start and anneal.iteration == 0)
+    """Whether a finished or started anneal ran without a reference, by its recipe and by what it logged."""
+    objective = run.setting("anneal", "objective", default="uniform")
+    reference = run.setting("anneal", objective, "reference")
+    guided_from_the_start = objective != "uniform" and reference not in tuple(EARLIER_MODELS)
+    return bool(anneal.steps) and not anneal.has_remit and not (guided_from_the_start and anneal.iteration == 0)
 
 
 def _anneal_rows(

@@ -1,0 +1,9 @@
+"""Experiments: a grid of recipes and seeds over the flywheel, whose arms share the stages they have in common.
+
+``OUT/stages/`` has every stage once, whoever needs it; ``OUT/NAME/ARM/seed_N/`` is the run folder of an arm, made of
+links, and ``OUT/NAME/`` has the results. The driver imports no torch.
+"""
+
+from nemo_rmt.experiment.run import ExperimentOptions, list_experiments, run_experiment
+
+__all__ = ["ExperimentOptions", "list_experiments", "run_experiment"]
