@@ -15,11 +15,14 @@ from nemo_rmt.recipe_io import changed_keys, describe_change
 MAY_CHANGE = (
     "name", "run_dir", "iterations", "cluster.*", "tracking.*", "parallel.tensor", "parallel.pipeline",
     "parallel.virtual_pipeline", "parallel.context", "parallel.sequence", "parallel.overlap", "parallel.recompute",
-    "flywheel.keep_checkpoints", "flywheel.async_save", "flywheel.restarts", "*.checkpoint_interval",
+    "flywheel.ends_with", "flywheel.keep_checkpoints", "flywheel.async_save", "flywheel.restarts", "*.checkpoint_interval",
     "*.micro_batch_size", "*.optim.max_skipped", "anneal.*.offload",
     "model.logprob_chunk", "rollout.mismatch_*", "rollout.vllm.*", "evaluate.lm_eval.*",
 )  # fmt: skip
 """Keys that do not decide a run's results: another start of the same run may give them other values."""
+
+ITERATION = ("anneal", "rmt", "sft", "rl")
+"""The stages of one turn that make models, in order."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ def plan_chain(recipe: Recipe) -> list[PlannedStage]:
     Iteration 0 builds the data, pre-trains (unless pretrain.checkpoint is given) and anneals uniformly,
     because there is no RL model yet (unless its reference is a checkpoint or a cache). Later iterations anneal
     the pre-training checkpoint afresh, or the last base (flywheel.start_from: previous). Stages that are not
-    enabled are left out: the next one starts from what the last one before it made.
+    enabled are left out: the next one starts from what the last one before it made. The last iteration may end early
+    (flywheel.ends_with).
     """
     data = StageRef(0, "data")
     stable: StageRef | Path = StageRef(0, "pretrain")
@@ -67,7 +71,8 @@ def plan_chain(recipe: Recipe) -> list[PlannedStage]:
         if not recipe.anneal.enabled or (iteration == 0 and isinstance(stable, StageRef)):
             measured["pretrain"] = stable
         latest = base
-        for stage in ("anneal", "rmt", "sft", "rl"):
+        last = recipe.flywheel.ends_with if iteration == recipe.iterations - 1 else ITERATION[-1]
+        for stage in ITERATION[: ITERATION.index(last) + 1]:
             if not getattr(recipe, stage).enabled:
                 continue
             inputs: dict[str, StageRef | Path] = {"data": data, "checkpoint": latest}

@@ -65,6 +65,14 @@ def test_stages_that_are_not_enabled_are_left_out_and_the_next_starts_from_what_
     assert evaluate.inputs == {"data": data.ref, "pretrain": Path("/c"), "rmt": rmt.ref, "rl": rl.ref}
 
 
+def test_the_last_iteration_may_end_with_a_base_which_is_then_its_final_model():
+    chain = plan_chain(load_recipe("tiny", [], ["iterations=3", "flywheel.ends_with=anneal"]))
+    made = {k: [str(each.ref.stage) for each in chain if each.ref.iteration == k] for k in range(3)}
+    assert made[1] == ["anneal", "rmt", "sft", "rl", "evaluate"] and made[2] == ["anneal", "evaluate"]
+    assert chain[-2].inputs["reference"] == StageRef(1, "rl")
+    assert list(chain[-1].inputs) == ["data", "anneal"]
+
+
 def test_without_rmt_the_next_iteration_continues_from_the_anneal():
     overrides = ["rmt.enabled=false", "flywheel.start_from=previous"]
     chain = {str(planned.ref): planned for planned in plan_chain(load_recipe("tiny", [], overrides))}

@@ -95,6 +95,7 @@ def test_overrides_reach_every_kind_of_key(override, read):
         ("anneal.remit.reference={cach: /c}", ["anneal.remit.reference.cach'", "anneal.remit.reference.cache"]),
         ("anneal.remit.reference.checkpoint=/m", ["anneal.remit.reference.cache is required"]),
         ("anneal.remit.reference=null", ["anneal", "remit.reference"]),
+        ("data.tasks=[{name: all}]", ["tasks", "what metrics call all of them together"]),
         ("pretrain.micro_batch_size=3", ["pretrain.global_batch_size=8", "micro_batch_size"]),
         ("steps", ["key=value"]),
     ],

@@ -5,7 +5,7 @@ cannot work are refused when the recipe is built, long before a process starts. 
 ``key=value`` overrides is in ``nemo_rmt.recipe_io``.
 """
 
-from nemo_rmt.config.data import Corpus, Data, Task, Tokenizer
+from nemo_rmt.config.data import TOGETHER, Corpus, Data, Task, Tokenizer
 from nemo_rmt.config.evaluation import LMEval
 from nemo_rmt.config.layout import FP8_CAPABILITY, LOGITS_AT_ONCE, VOCAB_MULTIPLE, Cluster, Model, Parallel
 from nemo_rmt.config.recipe import Flywheel, Recipe, Tracking
@@ -63,6 +63,7 @@ __all__ = [
     "Section",
     "Stage",
     "TIERS",
+    "TOGETHER",
     "Task",
     "Tokenizer",
     "Tracking",

@@ -9,6 +9,10 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from nemo_rmt.config.section import Section
 
 
+TOGETHER = "all"
+"""What metrics call all domains, or all tasks, together."""
+
+
 class Tokenizer(Section):
     """A tokenizer folder, or one trained on the run's own training corpora."""
 
@@ -88,6 +92,8 @@ class Data(Section):
             names = [entry.name for entry in entries]
             if len(set(names)) != len(names):
                 raise ValueError(f"{kind} must have distinct names, got {names}")
+            if TOGETHER in names:
+                raise ValueError(f"{kind}: {TOGETHER!r} is what metrics call all of them together: choose another name")
         if self.corpora and not sum(corpus.weight for corpus in self.corpora):
             raise ValueError("at least one corpus must have a weight above 0")
         return self

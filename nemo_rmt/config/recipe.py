@@ -19,6 +19,8 @@ class Flywheel(Section):
 
     start_from: Literal["stable", "previous"] = "stable"
     """Each iteration anneals the pre-training checkpoint afresh, or continues from the last base."""
+    ends_with: Literal["anneal", "rmt", "sft", "rl"] = "rl"
+    """What the last iteration ends with; earlier ones have every stage, for the next one's reference."""
     keep_checkpoints: PositiveInt = 1
     """Complete checkpoints kept per stage."""
     async_save: bool = False

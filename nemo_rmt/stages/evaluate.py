@@ -6,12 +6,13 @@ import itertools
 import json
 import time
 from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from nemo_rmt import profiling
-from nemo_rmt.config import TIERS
+from nemo_rmt.config import TIERS, TOGETHER
 from nemo_rmt.data.batch import TokenBatch
 from nemo_rmt.data.tasks import Problem, TaskFamily, guarded_score
 from nemo_rmt.manifest import checkpoint_step, step_folders
@@ -130,9 +131,42 @@ def whole_batches(session: Session, rows: torch.Tensor, micro_batch_size: int) -
     return batch.select(list(session.shard(len(filled)))).to(session.layout.device)
 
 
+@dataclass
+class Attempts:
+    """(score, length in tokens) of every response to each problem."""
+
+    drawn: list[list[tuple[float, int]]] = field(default_factory=list)
+    """At temperature 1, evaluate.samples of them."""
+    greedy: list[list[tuple[float, int]]] = field(default_factory=list)
+    """The one at temperature 0."""
+
+    def __add__(self, other: Attempts) -> Attempts:
+        return Attempts(self.drawn + other.drawn, self.greedy + other.greedy)
+
+    @property
+    def tokens(self) -> int:
+        """Sampled at temperature 1."""
+        return sum(length for outcomes in self.drawn for _, length in outcomes)
+
+    def figures(self, samples: int) -> dict[str, float]:
+        """pass@1, pass@k and greedy accuracy with 95 % intervals, and the mean length of a response."""
+        correct = [[score >= 1.0 for score, _ in outcomes] for outcomes in self.drawn]
+        best = wilson_interval(sum(outcomes[0][0] >= 1.0 for outcomes in self.greedy), len(self.greedy))
+        shares = {
+            "pass@1": mean_interval([sum(row) / samples for row in correct]),
+            f"pass@{samples}": mean_interval([pass_at_k(samples, sum(row), samples) for row in correct]),
+            "greedy": best,
+        }
+        found = {}
+        for name, share in shares.items():
+            found |= {name: share.mean, f"{name}_low": share.low, f"{name}_high": share.high}
+        return found | {"response_length": self.tokens / sum(map(len, self.drawn))}
+
+
 def evaluate_tasks(session: Session, model: ScoredModel) -> tuple[dict[str, float], int]:
-    """pass@1 and pass@k at temperature 1 and greedy accuracy, with 95 % intervals, of every task and split."""
-    metrics, sampled = {}, 0
+    """The figures of every task and split and, where there are several tasks, of ``all`` of their problems together and
+    of those of the longer splits, ``all_longer``; and the tokens sampled."""
+    samples, found = session.recipe.evaluate.samples, {}
     for task, settings in zip(session.tasks, session.recipe.data.tasks, strict=True):
         for name, split in measured_splits(settings).items():
             with profiling.part("data"):
@@ -140,16 +174,18 @@ def evaluate_tasks(session: Session, model: ScoredModel) -> tuple[dict[str, floa
                     itertools.islice(task.problems(split, session.seed("evaluate")), session.recipe.evaluate.problems)
                 )
             with profiling.part("rollout"):
-                figures, tokens = evaluate_problems(session, model, task, problems)
-            metrics |= {f"tasks/{name}/{key}": value for key, value in figures.items()}
-            sampled += tokens
-    return metrics, sampled
+                found[name] = attempts(session, model, task, problems), split
+    tokens = sum(each.tokens for each, _ in found.values())
+    if len(session.tasks) > 1:
+        for together, chosen in ((TOGETHER, "held_out"), (f"{TOGETHER}_longer", "longer")):
+            if parts := [each for each, split in found.values() if split == chosen]:
+                found[together] = sum(parts, Attempts()), chosen
+    figures = {name: each.figures(samples) for name, (each, _) in found.items()}
+    return {f"tasks/{name}/{key}": value for name, each in figures.items() for key, value in each.items()}, tokens
 
 
-def evaluate_problems(
-    session: Session, model: ScoredModel, task: TaskFamily, problems: list[Problem]
-) -> tuple[dict[str, float], int]:
-    """The figures of one task and split, and the tokens sampled."""
+def attempts(session: Session, model: ScoredModel, task: TaskFamily, problems: list[Problem]) -> Attempts:
+    """The responses to problems of one task, of all data-parallel ranks."""
     samples = session.recipe.evaluate.samples
     tokenizer, mine = session.tokenizer, list(range(session.layout.data_rank, len(problems), session.layout.data_size))
     prompts = [tokenizer.chat_prompt([{"role": "user", "content": problems[index].question}]) for index in mine]
@@ -173,23 +209,5 @@ def evaluate_problems(
             outcomes.append((score, len(rollout.response)))
         return [outcomes[start : start + times] for start in range(0, len(outcomes), times)]
 
-    drawn = gather_over_data_parallel(sample(samples, 1.0) if mine else [])
-    greedy = gather_over_data_parallel(sample(1, 0.0) if mine else [])
-    correct = [[score >= 1.0 for score, _ in outcomes] for outcomes in drawn]
-    share = mean_interval([sum(row) / samples for row in correct])
-    any_of_them = mean_interval([pass_at_k(samples, sum(row), samples) for row in correct])
-    best = wilson_interval(sum(outcomes[0][0] >= 1.0 for outcomes in greedy), len(greedy))
-    lengths = [length for outcomes in drawn for _, length in outcomes]
-    figures = {
-        "pass@1": share.mean,
-        "pass@1_low": share.low,
-        "pass@1_high": share.high,
-        f"pass@{samples}": any_of_them.mean,
-        f"pass@{samples}_low": any_of_them.low,
-        f"pass@{samples}_high": any_of_them.high,
-        "greedy": best.mean,
-        "greedy_low": best.low,
-        "greedy_high": best.high,
-        "response_length": sum(lengths) / len(lengths),
-    }
-    return figures, sum(lengths)
+    drawn, greedy = (sample(*how) if mine else [] for how in ((samples, 1.0), (1, 0.0)))
+    return Attempts(gather_over_data_parallel(drawn), gather_over_data_parallel(greedy))

@@ -13,7 +13,14 @@ from nemo_rmt.megatron.datasets import held_out_rows
 from nemo_rmt.megatron.runtime import distributed
 from nemo_rmt.rollout.engine import Rollout
 from nemo_rmt.stages import evaluate
-from nemo_rmt.stages.evaluate import evaluate_problems, evaluate_text, measured_checkpoints, whole_batches
+from nemo_rmt.stages.evaluate import (
+    Attempts,
+    attempts,
+    evaluate_tasks,
+    evaluate_text,
+    measured_checkpoints,
+    whole_batches,
+)
 from nemo_rmt.stages.job import StageJob
 from nemo_rmt.stages.session import Session
 
@@ -108,11 +115,33 @@ def test_task_figures_are_shares_of_problems_solved(session, model, monkeypatch)
     task = session.tasks[0]
     session.problems = [task.problem("held_out", 1, index) for index in range(8)]
     monkeypatch.setattr(evaluate, "InProcessEngine", lambda modules, size: HalfRight(session))
-    figures, tokens = evaluate_problems(session, model, task, session.problems)
+    found = attempts(session, model, task, session.problems)
+    figures, tokens = found.figures(2), found.tokens
     assert figures["pass@1"] == 0.25 and figures["pass@2"] == 0.5 and figures["greedy"] == 0.5
     assert figures["pass@1_low"] < 0.25 < figures["pass@1_high"]
     assert figures["greedy_low"] < 0.5 < figures["greedy_high"]
     assert tokens == figures["response_length"] * 16
+
+
+def test_several_tasks_have_figures_of_their_problems_together_too(session, model, monkeypatch):
+    tasks = session.recipe.data.tasks
+    assert tasks[0].longer is not None
+    monkeypatch.setattr(session.recipe.data, "tasks", [*tasks, tasks[0].model_copy(update={"name": "second"})])
+    monkeypatch.setattr(session, "tasks", [*session.tasks, *session.tasks])
+    right, wrong = (1.0, 3), (0.0, 5)
+    found = [
+        Attempts([[right, right]] * 2, [[right]] * 2),  # chains
+        Attempts([[wrong, wrong]], [[wrong]]),  # its longer problems
+        Attempts([[right, wrong], [wrong, wrong]], [[right], [wrong]]),  # second
+        Attempts([[right, wrong]], [[right]]),
+    ]
+    monkeypatch.setattr(evaluate, "attempts", lambda *_: found.pop(0))
+    metrics, tokens = evaluate_tasks(session, model)
+    names = ("chains", "chains_longer", "second", "second_longer", "all", "all_longer")
+    assert [metrics[f"tasks/{name}/pass@1"] for name in names] == [1.0, 0.0, 0.25, 0.5, 0.625, 0.25]
+    assert [metrics[f"tasks/{name}/greedy"] for name in names] == [1.0, 0.0, 0.5, 1.0, 0.75, 0.5]
+    assert metrics["tasks/all/pass@2"] == 0.75 and metrics["tasks/all/pass@1_low"] < 0.625
+    assert tokens == 4 * 3 + 2 * 5 + (3 + 3 * 5) + (3 + 5)
 
 
 @pytest.mark.parametrize("along", [True, False])
