@@ -15,8 +15,8 @@ from nemo_rmt.recipe_io import changed_keys, describe_change
 MAY_CHANGE = (
     "name", "run_dir", "iterations", "cluster.*", "tracking.*", "parallel.tensor", "parallel.pipeline",
     "parallel.virtual_pipeline", "parallel.context", "parallel.sequence", "parallel.overlap", "parallel.recompute",
-    "flywheel.ends_with", "flywheel.keep_checkpoints", "flywheel.async_save", "flywheel.restarts", "*.checkpoint_interval",
-    "*.micro_batch_size", "*.optim.max_skipped", "anneal.*.offload",
+    "flywheel.ends_with", "flywheel.keep_checkpoints", "flywheel.async_save", "flywheel.restarts",
+    "*.checkpoint_interval", "*.micro_batch_size", "*.optim.max_skipped", "anneal.*.offload",
     "model.logprob_chunk", "rollout.mismatch_*", "rollout.vllm.*", "evaluate.lm_eval.*",
 )  # fmt: skip
 """Keys that do not decide a run's results: another start of the same run may give them other values."""

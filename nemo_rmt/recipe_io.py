@@ -52,7 +52,7 @@ def load_recipe(name: str | None, yaml_files: list[Path], overrides: list[str]) 
 
         values = recipes.build(name).model_dump()
     for path in yaml_files:
-        _merge(values, _read_yaml(path), Recipe, ())
+        _merge(values, read_yaml(path), Recipe, ())
     for override in overrides:
         _override(values, override)
     return validate(Recipe, values)
@@ -138,7 +138,8 @@ def _unknown(path: tuple[str, ...]) -> UserError:
     return UserError(f"unknown key {key!r}" + (f": did you mean {near[0]!r}?" if near else ""))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file's mapping. Raises UserError when it cannot be read, or holds something else."""
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
@@ -148,7 +149,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{path} must be a mapping of recipe keys, got {_short(values)}")
+        raise UserError(f"{path} must be a mapping of keys, got {_short(values)}")
     return values
 
 

@@ -8,7 +8,6 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from nemo_rmt.config.section import Section
 
-
 TOGETHER = "all"
 """What metrics call all domains, or all tasks, together."""
 

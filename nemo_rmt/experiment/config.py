@@ -11,12 +11,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 
 from nemo_rmt.config import Recipe, Section
 from nemo_rmt.errors import UserError
-from nemo_rmt.recipe_io import load_recipe
+from nemo_rmt.recipe_io import load_recipe, read_yaml
 
 STAGES = "stages"
 """Folder of the stages that all experiments of one output folder share; no experiment may be called so."""
@@ -30,7 +29,7 @@ class Arm(Section):
     about: str
     """What it is, for people."""
     settings: dict[str, Any] = {}
-    """What differs from the experiment's recipe and settings: a partial recipe."""
+    """What differs from the experiment's recipe and settings: a partial recipe, or its file, relative to this one."""
     equal_flops: str | None = None
     """Another arm. The last iteration's anneal gets as many steps, no fewer than its recipe has, as make the whole
     chain cost what that arm's cost with the same seed; with rmt.objective=ntp the last iteration's rmt gets them."""
@@ -57,7 +56,7 @@ class Experiment(Section):
     recipe: str
     """Name of the recipe that all arms begin with."""
     settings: dict[str, Any] = {}
-    """What every arm changes in it: a partial recipe."""
+    """What every arm changes in it: a partial recipe, or its file, relative to this one."""
     seeds: list[NonNegativeInt] = Field(min_length=1)
     """Every arm runs once with each."""
     control: str
@@ -125,14 +124,13 @@ def load_experiment(name: str) -> tuple[str, Experiment]:
         path = experiments_folder() / f"{name}.yaml"
         if not path.is_file():
             raise UserError(f"unknown experiment {name!r}: {_nearest(name)}; a file of one ends in .yaml")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    values = read_yaml(path)
     if path.stem == STAGES:
         raise UserError(f"{path}: an experiment cannot be called {STAGES!r}, that folder is for what experiments share")
+    arms = values.get("arms")
+    for each in [values, *(arms.values() if isinstance(arms, dict) else [])]:
+        if isinstance(each, dict) and isinstance(each.get("settings"), str):
+            each["settings"] = read_yaml(path.parent / each["settings"])
     try:
         return path.stem, Experiment.model_validate(values)
     except ValidationError as error:

@@ -191,7 +191,7 @@ class Worker:
                 self.looked = -LOOK_S
                 os.close(running.lock)
                 continue
-            elif stopping.requested() or status in (STOPPED, *(-signum for signum in stopping.REQUESTS)):
+            if stopping.requested() or status in (STOPPED, *(-signum for signum in stopping.REQUESTS)):
                 record.status = "pending"
                 self.store.save_record(needed.stage, record)
             else:

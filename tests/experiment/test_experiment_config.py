@@ -134,3 +134,21 @@ def test_every_experiment_that_comes_along_is_one_and_its_arms_have_recipes(path
         arm_recipe(experiment, arm, 1, [], Path("run"))
     assert list_experiments() == 0
     assert name in capsys.readouterr().out
+
+
+def test_settings_may_be_a_file_beside_the_experiments(tmp_path):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "warm.yaml").write_text("anneal: {optim: {lr: 3e-4}}\n")
+    arms = {"uniform": {"about": "", "settings": "parts/warm.yaml"}}
+    path = write_experiment(tmp_path / "warm.yaml", arms=arms)
+    _, experiment = load_experiment(str(path))
+    assert arm_recipe(experiment, "uniform", 1, [], tmp_path).anneal.optim.lr == 3e-4
+    (tmp_path / "parts" / "warm.yaml").unlink()
+    with pytest.raises(UserError, match="cannot read .*parts/warm.yaml"):
+        load_experiment(str(path))
+
+
+def test_rmts_ablations_are_the_files_that_recipes_may_be_changed_by():
+    _, experiment = load_experiment("rmt_vs_baselines")
+    assert experiment.arms["rpt"].settings["rmt"]["curriculum"]["early"] == [0.0, 0.0, 1.0]
+    assert experiment.arms["ntp"].settings == {"rmt": {"objective": "ntp"}} and experiment.arms["rmt"].settings == {}
