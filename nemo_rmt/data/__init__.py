@@ -7,7 +7,7 @@ command line's pre-flight reads corpora and tasks without it.
 - ``corpora``: documents of each corpus kind, split into training and held-out ones that never overlap; they come from
   ``text_files``, from ``tables`` and the Hugging Face hub by way of ``records``, or from ``chains`` and the tasks.
 - ``tasks``: problems with verifiers, for RL and evaluation: ``chains``, ``questions_task`` (``final_answer`` says what
-  counts as the same answer) and ``reasoning_gym_task``.
+  counts as the same answer) and ``reasoning_gym_task`` (``worked``: solutions of some of its datasets, step by step).
 - ``sft``: conversations for supervised fine-tuning, from a file or generated.
 - ``difficulty``, ``positions``: which tokens of documents are hard, and which of them RMT asks for.
 - ``thoughts``: the prompt that asks for a token after a thought, and what a response holds.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from nemo_rmt.config import Task
+from nemo_rmt.config import Section, Task
+from nemo_rmt.data import worked
 from nemo_rmt.data.options import nearest
 from nemo_rmt.data.seeds import derived_seed, problem_is_held_out
 from nemo_rmt.data.tasks import Problem, Split, TaskFamily
@@ -29,7 +31,8 @@ class ReasoningGymTask(TaskFamily):
     """One reasoning-gym dataset; options are the fields of its configuration, without seed and size.
 
     Training and evaluation are disjoint twice: by the seeds entries are made from, and by a hash of
-    the question, since different seeds can make equal questions.
+    the question, since different seeds can make equal questions. Datasets of ``worked.DATASETS`` have worked solutions,
+    with the options ``worked.WorkedOptions``; the solution of any other is its bare answer.
     """
 
     def __init__(self, settings: Task, dataset: str) -> None:
@@ -46,6 +49,8 @@ class ReasoningGymTask(TaskFamily):
         if dataset not in DATASETS:
             raise UserError(f"{key}.family={settings.family!r}: no such dataset; {nearest(dataset, DATASETS)}")
         self._create, self._dataset_name = reasoning_gym.create_dataset, dataset
+        if dataset in worked.DATASETS:
+            self.solution_options = worked.WorkedOptions
         self._options = {"train": settings.options, "held_out": settings.options}
         fields = {field.name for field in dataclasses.fields(DATASETS[dataset][1])} - {"seed", "size"}
         self._check(settings.options, fields, f"{key}.options")
@@ -78,7 +83,7 @@ class ReasoningGymTask(TaskFamily):
 
     def _train_problem(self, seed: int, index: int) -> Problem:
         for candidate in range(PATIENCE):
-            problem = _problem(self._entry("train", seed, index * CANDIDATES + candidate))
+            problem = self._problem(self._entry("train", seed, index * CANDIDATES + candidate))
             if not problem_is_held_out(problem.question):
                 return problem
         raise UserError(
@@ -90,7 +95,7 @@ class ReasoningGymTask(TaskFamily):
         seen: set[str] = set()
         position = last_new = 0
         while position - last_new < PATIENCE:
-            problem = _problem(self._entry(split, seed, position))
+            problem = self._problem(self._entry(split, seed, position))
             position += 1
             if problem_is_held_out(problem.question) and problem.question not in seen:
                 seen.add(problem.question)
@@ -109,8 +114,15 @@ class ReasoningGymTask(TaskFamily):
         tagged = re.findall(r"<answer>(.*?)</answer>", answer, re.DOTALL)
         return self._verifier.score_answer((tagged[-1] if tagged else answer).strip(), problem.extra)
 
+    def noisy_solution(self, problem: Problem, rng: random.Random, options: Section) -> str:
+        """A worked solution with the faults of ``options``, where the dataset has worked ones; else the answer."""
+        if isinstance(options, worked.WorkedOptions):
+            return worked.noisy_solution(self._dataset_name, problem.extra, rng, options)
+        return super().noisy_solution(problem, rng, options)
 
-def _problem(entry: dict[str, Any]) -> Problem:
-    """A reasoning-gym entry as a problem; its verifier wants the entry back."""
-    answer = "" if entry["answer"] is None else str(entry["answer"])  # None: many answers are right
-    return Problem(entry["question"], answer=answer, solution=answer, extra=entry)
+    def _problem(self, entry: dict[str, Any]) -> Problem:
+        """An entry as a problem; its verifier wants the entry back."""
+        answer = "" if entry["answer"] is None else str(entry["answer"])  # None: many answers are right
+        has_working = self._dataset_name in worked.DATASETS
+        solution = worked.solution(self._dataset_name, entry) if has_working else answer
+        return Problem(entry["question"], answer=answer, solution=solution, extra=entry)

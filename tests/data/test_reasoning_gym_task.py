@@ -9,7 +9,9 @@ import sys
 
 import pytest
 
-from nemo_rmt.config import Section, Task
+from nemo_rmt.config import Corpus, Data, Section, Task
+from nemo_rmt.data.corpora import documents
+from nemo_rmt.data.sft import SFTExamples
 from nemo_rmt.data.tasks import guarded_score, make_task
 from nemo_rmt.errors import UserError
 
@@ -68,6 +70,34 @@ def test_a_dataset_without_reference_answers_cannot_teach_solutions():
     task = make("graph_color")
     with pytest.raises(UserError, match=r"data.tasks\[sums\] has no solutions.*data.sft_path"):
         task.noisy_solution(task.problem("train", 0, 0), random.Random(0), Section())
+
+
+@needs_reasoning_gym
+def test_a_corpus_of_a_dataset_with_worked_solutions_takes_their_faults():
+    data = Data(tasks=[Task(name="sums", family="reasoning_gym:chain_sum", options={"max_digits": 2})])
+    corpus = Corpus(name="sums", kind="solutions", num_documents=200, options={"task": "sums", "direct": 0.5})
+    texts = list(documents(corpus, data, "train", 0, run_seed=0))
+    direct = [text for text in texts if "A:<think></think>" in text]
+    assert 60 < len(direct) < 140
+    assert all("=" in text.split("A:<think>")[1] for text in texts if text not in direct)
+    assert texts == list(documents(corpus, data, "train", 0, run_seed=0))
+
+
+@needs_reasoning_gym
+def test_sft_learns_from_worked_solutions_where_a_dataset_has_them_and_from_answers_elsewhere():
+    tasks = [Task(name=name, family=f"reasoning_gym:{name}") for name in ("chain_sum", "gcd")]
+    examples = SFTExamples(Data(tasks=tasks, sft_options={"direct": 1.0}), 0)
+    solutions = [examples[index][1]["content"] for index in range(20)]
+    assert all(text.startswith("<think></think>") for text in solutions[::2])
+    assert all(text.isdecimal() for text in solutions[1::2])
+
+
+@needs_reasoning_gym
+def test_options_of_worked_solutions_are_refused_where_a_dataset_has_none():
+    data = Data(tasks=[Task(name="divisors", family="reasoning_gym:gcd")])
+    corpus = Corpus(name="gcd", kind="solutions", options={"task": "divisors", "direct": 0.5})
+    with pytest.raises(UserError, match=r"data.corpora\[gcd\].options.direct: unknown option"):
+        next(documents(corpus, data, "train", 0, run_seed=0))
 
 
 @needs_reasoning_gym
