@@ -64,7 +64,8 @@ def test_a_stage_goes_on_over_jobs_that_are_too_short(begin, finish):
     assert training.record.step == saved
     disturb.ask_to_stop(training)  # what Slurm sends, without the wait for it
     finish(training)
-    assert training.record.attempts == 3 and training.cluster.job(training.job).restarts == 2
+    # Two jobs that stopped and one that ended, and more where a machine is so busy that a job trains nothing in its time.
+    assert training.record.attempts == training.cluster.job(training.job).restarts + 1 >= 3
 
 
 def test_a_rank_that_dies_or_hangs_is_named_and_the_stage_starts_again_in_its_job(begin, finish):
