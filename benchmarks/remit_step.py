@@ -30,7 +30,7 @@ from nemo_rmt.megatron.model import build_model
 from nemo_rmt.megatron.runtime import distributed
 from nemo_rmt.megatron.train_step import FrozenModel, Objective, TrainedModel
 from nemo_rmt.recipe_io import load_recipe
-from nemo_rmt.stages.anneal import remit_objective
+from nemo_rmt.stages import anneal
 from nemo_rmt.stages.pretrain import next_token
 
 EOD, DOCUMENT = 0, 80  # tokens of a document, on average
@@ -91,7 +91,7 @@ class Corpus:
         return TokenBatch.from_documents(self.tokens.to(torch.cuda.current_device()), EOD, document_attention=True)
 
     def looked_up(self, batch: TokenBatch) -> torch.Tensor:
-        """The reference's log-probabilities of the labels, as stages/anneal.py takes them from the cache."""
+        """The reference's log-probabilities of the labels, as stages/references.py takes them from the cache."""
         found = torch.from_numpy(self.cache.logprobs(self.stretches)[:, 1:]).to(batch.tokens.device)
         return torch.where(batch.loss_mask > 0, found, 0.0)
 
@@ -104,7 +104,7 @@ def compare(name: str, shape: Shape, pairs: int) -> None:
             build_model(shape.model, Parallel(), shape.vocab), shape.model, Parallel(), Optim(lr=1e-5), steps=10_000
         )
         frozen = FrozenModel(build_model(shape.model, Parallel(), shape.vocab), Parallel())
-        weighted = remit_objective(ReMiT())
+        weighted, _ = anneal.remit(ReMiT())
         scored = lambda batch: frozen.score(batch, shape.rows).logprobs  # noqa: E731
 
         def remit(reference: Callable[[TokenBatch], torch.Tensor]) -> None:

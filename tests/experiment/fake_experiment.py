@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -76,5 +77,6 @@ def kinds(names: list[str]) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with it ignored
     run.Results.write = write_measured
     sys.exit(start(Path(sys.argv[1]), Path(sys.argv[2]), jobs=int(sys.argv[3])))
