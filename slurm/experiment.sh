@@ -36,26 +36,9 @@ work() { # NAME [WORD]...
     # --gpus-per-node=0 says that GPUs come otherwise (--gres) or not at all; a step would take it for no GPU
     [ "${SLURM_GPUS_PER_NODE:-}" != 0 ] || unset SLURM_GPUS_PER_NODE
     say "start $((${SLURM_RESTART_COUNT:-0} + 1)): experiment $1, on $SLURM_JOB_NODELIST, $(date --iso-8601=seconds)"
-    local status interrupted_by
     srun --nodes=1 --ntasks=1 --cpu-bind=none ${container[@]+"${container[@]}"} nemo-rmt experiment "$@" &
-    step_pid=$!
-    [ -z "$stop_requested" ] || request_stop "$stop_requested" # it came before there was anything to forward it to
-    while true; do
-        interrupted_by=$stop_requested status=0
-        wait "$step_pid" || status=$?
-        [ "$stop_requested" != "$interrupted_by" ] || break # else the trap ended the wait, not srun
-    done
-    step_pid=
-    case $status in
-        "$FINISHED") end "$FINISHED" "done" ;;
-        "$STOPPED") requeue "stopped at a checkpoint" ;;
-        "$FAILED" | "$WRONG_INPUT") end "$status" "$(reason "the experiment failed")" ;;
-        *)
-            # before Python runs, the signal itself ends a process
-            [ -z "$stop_requested" ] || requeue "stopped by $stop_requested (srun's exit code is $status)"
-            requeue_lost "nemo-rmt was killed (srun's exit code is $status)"
-            ;;
-    esac
+    await_step "the experiment"
+    end "$FINISHED" "done"
 }
 
 work "$@"

@@ -164,11 +164,16 @@ choose_stages() { # STAGE...
 }
 
 run_stage() { # STAGE ITERATION
-    local status interrupted_by
     [ -z "$stop_requested" ] || requeue "stopped by $stop_requested before $1"
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none \
         --kill-on-bad-exit=0 --wait="$NODE_WAIT_S" ${container[@]+"${container[@]}"} \
         nemo-rmt stage "$1" "${recipe[@]}" --iteration "$2" &
+    await_step "iteration $2 $1"
+}
+
+# Waits for the srun that was just started in the background. Returns when it is done; else the job ends, or is requeued.
+await_step() { # WHAT
+    local status interrupted_by
     step_pid=$!
     [ -z "$stop_requested" ] || request_stop "$stop_requested" # it came before there was anything to forward it to
     while true; do
@@ -179,12 +184,12 @@ run_stage() { # STAGE ITERATION
     step_pid=
     case $status in
         "$FINISHED") ;;
-        "$STOPPED") requeue "iteration $2 $1 stopped at a checkpoint" ;;
-        "$FAILED" | "$WRONG_INPUT") end "$status" "$(reason "iteration $2 $1 failed")" ;;
+        "$STOPPED") requeue "$1 stopped at a checkpoint" ;;
+        "$FAILED" | "$WRONG_INPUT") end "$status" "$(reason "$1 failed")" ;;
         *)
             # before Python runs, the signal itself ends a process
-            [ -z "$stop_requested" ] || requeue "iteration $2 $1 stopped by $stop_requested (srun's exit code is $status)"
-            requeue_lost "iteration $2 $1: a nemo-rmt was killed (srun's exit code is $status)"
+            [ -z "$stop_requested" ] || requeue "$1 stopped by $stop_requested (srun's exit code is $status)"
+            requeue_lost "$1: a nemo-rmt was killed (srun's exit code is $status)"
             ;;
     esac
 }
