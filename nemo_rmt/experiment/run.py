@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from rich.table import Table
 
-from nemo_rmt import preflight, stopping
+from nemo_rmt import preflight
 from nemo_rmt.chain import fixed_differences
 from nemo_rmt.errors import UserError
-from nemo_rmt.exit_codes import DONE, FAILED, STOPPED
+from nemo_rmt.exit_codes import DONE, FAILED
 from nemo_rmt.experiment.config import Experiment, experiments_folder, load_experiment
 from nemo_rmt.experiment.grid import Cell, Grid
 from nemo_rmt.experiment.shared import stretched, with_steps
 from nemo_rmt.experiment.store import StageStore
 from nemo_rmt.experiment.views import measured
 from nemo_rmt.experiment.worker import Command, Worker, stage_command
+from nemo_rmt.launch.node import until_signalled
 from nemo_rmt.overview import wide_console
-from nemo_rmt.process import Interrupted, signals_raise
 from nemo_rmt.recipe_io import load_recipe
 from nemo_rmt.run_folder import RunFolder, write_text
 
@@ -82,15 +81,7 @@ def run_experiment(name: str, options: ExperimentOptions, *, command: Command = 
     values = yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=10**6)
     write_text(folder / "experiment.yaml", words + values)
     results = Results(experiment, store, folder)
-    try:
-        with signals_raise(), stopping.catching():
-            status = Worker(grid, store, options.jobs, command, results.write).run()
-    except Interrupted as interrupted:
-        print(f"nemo-rmt: stopped by {interrupted}; start it again to continue", file=sys.stderr)
-        return 128 + interrupted.signum
-    except stopping.Stopped as stopped:
-        print(f"nemo-rmt: stopped by {stopped}; start it again to continue", file=sys.stderr)
-        return STOPPED
+    status = until_signalled(Worker(grid, store, options.jobs, command, results.write).run)
     if status == DONE:
         print(f"Results: {folder / 'index.html'}")
     return status or (FAILED if results.failed else DONE)

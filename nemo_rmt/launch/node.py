@@ -36,12 +36,21 @@ def take_part(
     placement = Placement.here()
     if not anywhere or placement.nodes > 1:
         placement.require(recipe.cluster.nodes)
+
+    def part() -> int:
+        if placement.node:
+            return follow(run_dir, recipe, command, placement, check)
+        with Meeting(run_dir, placement).open() as meeting:
+            return lead(meeting)
+
+    return until_signalled(part)
+
+
+def until_signalled(work: Callable[[], int]) -> int:
+    """What ``work`` returns, or the exit status that says which signal or request ended it."""
     try:
         with signals_raise(), stopping.catching():
-            if placement.node:
-                return follow(run_dir, recipe, command, placement, check)
-            with Meeting(run_dir, placement).open() as meeting:
-                return lead(meeting)
+            return work()
     except Interrupted as interrupted:
         print(f"nemo-rmt: stopped by {interrupted}; start it again to continue", file=sys.stderr)
         return 128 + interrupted.signum

@@ -64,7 +64,7 @@ def test_a_stage_goes_on_over_jobs_that_are_too_short(begin, finish):
     assert training.record.step == saved
     disturb.ask_to_stop(training)  # what Slurm sends, without the wait for it
     finish(training)
-    # Two jobs that stopped and one that ended, and more where a machine is so busy that a job trains nothing in its time.
+    # Two jobs that stopped and one that ended, and more where a machine is so busy that a job has no time to train.
     assert training.record.attempts == training.cluster.job(training.job).restarts + 1 >= 3
 
 
