@@ -21,8 +21,9 @@ NOTES = [
     "Differences are paired: an arm's score less that of the control with the same seed. Brackets are 95 % bootstrap "
     "intervals over seeds, which are too narrow over few: without any effect 17 of 100 exclude 0 with five seeds, 25 "
     "with three. p is exact: of all choices of the differences' signs, the share whose mean is as far from 0; with "
-    "five seeds it cannot be below 0.0625. “Better” and “worse” mean that the interval excludes 0 and p is at most 0.1, "
-    "which takes five seeds that all point one way, or more. Nothing is corrected for the number of arms and metrics.",
+    "five seeds it cannot be below 0.0625. “Better” and “worse” mean that the interval excludes 0 and p is at most "
+    "0.1, which takes five seeds that all point one way, or more. Nothing is corrected for the number of arms and "
+    "metrics.",
     "Tokens are all that the chain trained on or sampled, FLOPs those of the whole chain: training counts three "
     "forwards per token, a reference's scoring and sampling one.",
 ]
