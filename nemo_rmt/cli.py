@@ -87,8 +87,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parsers, "experiment", commands.experiment, "run, or continue, a grid of recipes and seeds, and compare them"
     )
     experiment.usage = (
-        "nemo-rmt experiment NAME [--seeds 1,2] [--arms a,b] [--jobs N] [--out FOLDER] [--dry-run] [key=value]...\n"
+        "nemo-rmt experiment NAME [--seeds 1,2] [--arms a,b] [--jobs N] [--out FOLDER] [--dry-run] "
+        "[--yaml FILE]... [key=value]...\n"
         "       NAME: an experiment, or a file of one; without it the experiments are listed.\n"
+        "       FILE, key=value: for every arm, after what its own settings say.\n"
         "       Start it on several machines with one --out, and they share the work."
     )
     experiment.add_argument("--seeds", type=_numbers, default=None, metavar="N,N", help="instead of the experiment's")

@@ -101,16 +101,16 @@ def _score(args: argparse.Namespace, items: list[str]) -> int:
 
 def experiment(args: argparse.Namespace) -> int:
     """An experiment's arms and seeds, and their table."""
-    from nemo_rmt.experiment import ExperimentOptions, list_experiments, run_experiment
+    from nemo_rmt.experiment import ExperimentOptions, as_words, list_experiments, run_experiment
+    from nemo_rmt.recipe_io import read_yaml
 
     names = [item for item in args.items if "=" not in item]
-    if args.yaml:
-        raise UserError("experiment takes no --yaml: its own file says what its arms are")
-    if not args.items:
+    if not args.items and not args.yaml:
         return list_experiments()
     if len(names) != 1:
         raise UserError(f"one experiment expected, got {', '.join(names) or 'none'}; overrides have the form key=value")
-    overrides = [item for item in args.items if "=" in item]
+    overrides = [word for path in args.yaml for word in as_words(read_yaml(path))]
+    overrides += [item for item in args.items if "=" in item]
     options = ExperimentOptions(
         overrides=overrides, seeds=args.seeds, arms=args.arms, jobs=args.jobs, out=args.out, dry_run=args.dry_run
     )

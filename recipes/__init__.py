@@ -12,6 +12,7 @@ from collections.abc import Callable
 from nemo_rmt.recipes.olmo2_1b import olmo2_1b
 from nemo_rmt.recipes.qwen3_14b import qwen3_14b
 from nemo_rmt.recipes.r1_distill_qwen_14b import r1_distill_qwen_14b
+from nemo_rmt.recipes.reasoning import reasoning
 from nemo_rmt.recipes.small import small
 from nemo_rmt.recipes.smollm3_3b import smollm3_3b
 from nemo_rmt.recipes.tiny import tiny
@@ -20,7 +21,7 @@ from nemo_rmt.config import Recipe
 from nemo_rmt.errors import UserError
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    each.__name__: each for each in (tiny, small, olmo2_1b, smollm3_3b, qwen3_14b, r1_distill_qwen_14b)
+    each.__name__: each for each in (tiny, small, reasoning, olmo2_1b, smollm3_3b, qwen3_14b, r1_distill_qwen_14b)
 }
 """Every recipe by name, from small to large. Adding one is a file beside this one and a line here."""
 

@@ -4,6 +4,7 @@
 links, and ``OUT/NAME/`` has the results. The driver imports no torch.
 """
 
+from nemo_rmt.experiment.config import as_words
 from nemo_rmt.experiment.run import ExperimentOptions, list_experiments, run_experiment
 
-__all__ = ["ExperimentOptions", "list_experiments", "run_experiment"]
+__all__ = ["ExperimentOptions", "as_words", "list_experiments", "run_experiment"]

@@ -146,7 +146,7 @@ def arm_recipe(experiment: Experiment, arm: str, seed: int, overrides: list[str]
         for key, instead in _SET_HERE.items():
             if re.match(rf"{key}[*+]?=", word):
                 raise UserError(f"{word}: an experiment's {key} comes from {instead}")
-    words = [*_words(experiment.settings), *_words(experiment.arms[arm].settings), *overrides]
+    words = [*as_words(experiment.settings), *as_words(experiment.arms[arm].settings), *overrides]
     try:
         recipe = load_recipe(experiment.recipe, [], [*words, f"seed={seed}", f"run_dir={run_dir}"])
     except UserError as error:
@@ -156,7 +156,7 @@ def arm_recipe(experiment: Experiment, arm: str, seed: int, overrides: list[str]
     return recipe
 
 
-def _words(settings: dict[str, Any]) -> list[str]:
+def as_words(settings: dict[str, Any]) -> list[str]:
     """A partial recipe as ``section={...}`` words: JSON is YAML, and mappings merge into what is there."""
     return [f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in settings.items()]
 

@@ -133,15 +133,24 @@ def whole_batches(session: Session, rows: torch.Tensor, micro_batch_size: int) -
 
 @dataclass
 class Attempts:
-    """(score, length in tokens) of every response to each problem."""
+    """(score, length in tokens) of every response to each problem, and how likely the problems' own solutions are."""
 
     drawn: list[list[tuple[float, int]]] = field(default_factory=list)
     """At temperature 1, evaluate.samples of them."""
     greedy: list[list[tuple[float, int]]] = field(default_factory=list)
     """The one at temperature 0."""
+    solution_nats: float = 0.0
+    """-log p of the right solutions, which the task's family writes, after their problems."""
+    solution_tokens: int = 0
+    """Tokens of these solutions; 0 where the family has none."""
 
     def __add__(self, other: Attempts) -> Attempts:
-        return Attempts(self.drawn + other.drawn, self.greedy + other.greedy)
+        return Attempts(
+            self.drawn + other.drawn,
+            self.greedy + other.greedy,
+            self.solution_nats + other.solution_nats,
+            self.solution_tokens + other.solution_tokens,
+        )
 
     @property
     def tokens(self) -> int:
@@ -149,7 +158,8 @@ class Attempts:
         return sum(length for outcomes in self.drawn for _, length in outcomes)
 
     def figures(self, samples: int) -> dict[str, float]:
-        """pass@1, pass@k and greedy accuracy with 95 % intervals, and the mean length of a response."""
+        """pass@1, pass@k and greedy accuracy with 95 % intervals, the mean length of a response, and nats per token of
+        the right solutions where there are any."""
         correct = [[score >= 1.0 for score, _ in outcomes] for outcomes in self.drawn]
         best = wilson_interval(sum(outcomes[0][0] >= 1.0 for outcomes in self.greedy), len(self.greedy))
         shares = {
@@ -160,7 +170,10 @@ class Attempts:
         found = {}
         for name, share in shares.items():
             found |= {name: share.mean, f"{name}_low": share.low, f"{name}_high": share.high}
-        return found | {"response_length": self.tokens / sum(map(len, self.drawn))}
+        found["response_length"] = self.tokens / sum(map(len, self.drawn))
+        if self.solution_tokens:
+            found["solution_nll"] = self.solution_nats / self.solution_tokens
+        return found
 
 
 def evaluate_tasks(session: Session, model: ScoredModel) -> tuple[dict[str, float], int]:
@@ -210,4 +223,32 @@ def attempts(session: Session, model: ScoredModel, task: TaskFamily, problems: l
         return [outcomes[start : start + times] for start in range(0, len(outcomes), times)]
 
     drawn, greedy = (sample(*how) if mine else [] for how in ((samples, 1.0), (1, 0.0)))
-    return Attempts(gather_over_data_parallel(drawn), gather_over_data_parallel(greedy))
+    return Attempts(
+        gather_over_data_parallel(drawn), gather_over_data_parallel(greedy), *solution_loss(session, model, problems)
+    )
+
+
+def solution_loss(session: Session, model: ScoredModel, problems: list[Problem]) -> tuple[float, int]:
+    """``(nats, tokens)`` of the problems' right solutions after their prompts, of all data-parallel ranks.
+
+    A problem whose family has no solution counts for nothing; of one longer than model.max_position the beginning does.
+    """
+    limit, tokenizer, layout = session.recipe.model.max_position + 1, session.tokenizer, session.layout
+    solved = [problem for problem in problems if problem.solution]
+    if not solved:
+        return 0.0, 0
+    examples = []
+    for problem in solved[layout.data_rank :: layout.data_size]:
+        turns = ("user", problem.question), ("assistant", problem.solution)
+        tokens, mask = tokenizer.chat_example([{"role": role, "content": content} for role, content in turns])
+        examples.append((tokens[:limit], mask[:limit]))
+    size = session.recipe.evaluate.micro_batch_size
+    rows = session.whole_rows(-(-len(solved) // layout.data_size), size)
+    examples += [([tokenizer.pad] * 2, [0, 0])] * (rows - len(examples))
+    batch = TokenBatch.from_examples(examples, tokenizer.pad, None, session.width_multiple).to(layout.device)
+    scores, sums = model.score(batch, size), {}
+    if scores is not None:
+        counted = batch.loss_mask.bool()
+        sums = {"nats": -scores.logprobs[counted].double().sum().item(), "tokens": batch.num_tokens()}
+    sums = sum_over_data_parallel(broadcast_from_last_stage(sums))
+    return sums["nats"], int(sums["tokens"])

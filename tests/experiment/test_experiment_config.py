@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from fake_experiment import BASE, write_experiment
 
+from nemo_rmt import cli
 from nemo_rmt.errors import UserError
 from nemo_rmt.experiment import ExperimentOptions, list_experiments, run_experiment
 from nemo_rmt.experiment.config import arm_recipe, experiments_folder, load_experiment
@@ -152,3 +153,18 @@ def test_rmts_ablations_are_the_files_that_recipes_may_be_changed_by():
     _, experiment = load_experiment("rmt_vs_baselines")
     assert experiment.arms["rpt"].settings["rmt"]["curriculum"]["early"] == [0.0, 0.0, 1.0]
     assert experiment.arms["ntp"].settings == {"rmt": {"objective": "ntp"}} and experiment.arms["rmt"].settings == {}
+
+
+def test_a_partial_recipe_and_overrides_are_for_every_arm_and_the_last_word_counts(tmp_path, monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr("nemo_rmt.experiment.run_experiment", lambda name, options: given.append(options) or 0)
+    (tmp_path / "wide.yaml").write_text("model: {hidden_size: 64, num_attention_heads: 8}\nanneal: {steps: 7}\n")
+    words = ["smoke", "--yaml", str(tmp_path / "wide.yaml"), "anneal.steps=9"]
+    assert cli.main(["experiment", *words]) == 0
+    _, experiment = load_experiment("smoke")
+    for arm in experiment.arms:
+        recipe = arm_recipe(experiment, arm, 1, given[0].overrides, tmp_path)
+        assert recipe.model.num_attention_heads == 8 and recipe.model.num_layers == 2
+        assert recipe.anneal.steps == 9
+    assert cli.main(["experiment", "smoke", "--yaml", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from nemo_rmt.stages.evaluate import (
     evaluate_tasks,
     evaluate_text,
     measured_checkpoints,
+    solution_loss,
     whole_batches,
 )
 from nemo_rmt.stages.job import StageJob
@@ -130,9 +132,9 @@ def test_several_tasks_have_figures_of_their_problems_together_too(session, mode
     monkeypatch.setattr(session, "tasks", [*session.tasks, *session.tasks])
     right, wrong = (1.0, 3), (0.0, 5)
     found = [
-        Attempts([[right, right]] * 2, [[right]] * 2),  # chains
+        Attempts([[right, right]] * 2, [[right]] * 2, solution_nats=6.0, solution_tokens=4),  # chains
         Attempts([[wrong, wrong]], [[wrong]]),  # its longer problems
-        Attempts([[right, wrong], [wrong, wrong]], [[right], [wrong]]),  # second
+        Attempts([[right, wrong], [wrong, wrong]], [[right], [wrong]], solution_nats=1.0, solution_tokens=10),  # second
         Attempts([[right, wrong]], [[right]]),
     ]
     monkeypatch.setattr(evaluate, "attempts", lambda *_: found.pop(0))
@@ -141,7 +143,25 @@ def test_several_tasks_have_figures_of_their_problems_together_too(session, mode
     assert [metrics[f"tasks/{name}/pass@1"] for name in names] == [1.0, 0.0, 0.25, 0.5, 0.625, 0.25]
     assert [metrics[f"tasks/{name}/greedy"] for name in names] == [1.0, 0.0, 0.5, 1.0, 0.75, 0.5]
     assert metrics["tasks/all/pass@2"] == 0.75 and metrics["tasks/all/pass@1_low"] < 0.625
+    assert metrics["tasks/chains/solution_nll"] == 1.5 and metrics["tasks/all/solution_nll"] == 0.5
+    assert "tasks/all_longer/solution_nll" not in metrics
     assert tokens == 4 * 3 + 2 * 5 + (3 + 3 * 5) + (3 + 5)
+
+
+def test_solution_loss_is_that_of_the_answers_tokens_one_by_one(session, model):
+    task, tokenizer = session.tasks[0], session.tokenizer
+    problems = [task.problem("held_out", 1, index) for index in range(6)]  # so that the last micro-batch needs padding
+    problems.append(replace(problems[0], solution=""))  # a family that verifies only
+    nats, count = 0.0, 0
+    for problem in problems[:6]:
+        prompt = tokenizer.chat_prompt([{"role": "user", "content": problem.question}])
+        tokens = [*prompt, *tokenizer.encode(problem.solution), tokenizer.eod]
+        batch = TokenBatch.from_examples([(tokens, [1] * len(tokens))], tokenizer.pad, None)
+        nats -= float(model.score(batch, 1).logprobs[0, len(prompt) - 1 : len(tokens) - 1].sum())
+        count += len(tokens) - len(prompt)
+    found = solution_loss(session, model, problems)
+    assert found == (pytest.approx(nats, rel=1e-5), count)
+    assert solution_loss(session, model, problems[6:]) == (0.0, 0)
 
 
 @pytest.mark.parametrize("along", [True, False])
