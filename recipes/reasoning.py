@@ -11,8 +11,7 @@ from nemo_rmt.recipes.tiny import tiny
 
 from nemo_rmt.config import RMT, Corpus, Data, Recipe, Task
 
-FAULTS = {"error_rate": 0.1, "direct": 0.5}  # steps that are wrong; solutions without working
-QUESTION = "Q:{question}\nA:{solution}"
+FAULTS = {"error_rate": 0.05, "direct": 0.5}  # steps that are wrong; solutions without working
 
 
 def reasoning() -> Recipe:
@@ -22,8 +21,8 @@ def reasoning() -> Recipe:
     recipe.rmt = RMT(enabled=False)
     recipe.data = Data(
         corpora=[
-            Corpus(name="stdlib", kind="stdlib", weight=0.2, options={"max_document_characters": 2000}),
-            _solutions("sums", 0.3),
+            Corpus(name="stdlib", kind="stdlib", weight=0.15, options={"max_document_characters": 2000}),
+            _solutions("sums", 0.35),
             _solutions("equations", 0.25),
             _solutions("backward", 0.25),
         ],
@@ -37,7 +36,7 @@ def reasoning() -> Recipe:
             Task(
                 name="equations",
                 family="reasoning_gym:simple_equations",
-                options={"min_terms": 2, "max_terms": 3, "min_value": 1, "max_value": 9},
+                options={"min_terms": 2, "max_terms": 3, "min_value": 1, "max_value": 6},
                 longer={"min_terms": 4, "max_terms": 5},
             ),
             Task(
@@ -49,9 +48,9 @@ def reasoning() -> Recipe:
         ],
         sft_options=FAULTS,
     )
-    recipe.pretrain.steps = 2400
+    recipe.pretrain.steps = 3000
     # the anneal's whole course is kept, to see how soon an objective gets where
-    recipe.anneal.checkpoint_interval, recipe.flywheel.keep_checkpoints = 50, 6
+    recipe.anneal.checkpoint_interval, recipe.flywheel.keep_checkpoints = 75, 4
     recipe.evaluate.problems = 60  # of each family
     return recipe
 
