@@ -9,6 +9,7 @@ from nemo_rmt.recipes import about, build, names
 
 from nemo_rmt import cli
 from nemo_rmt.chain import plan_chain
+from nemo_rmt.plan.parameters import parameter_count
 from nemo_rmt.recipe_io import load_recipe
 
 RECIPES = Path(cli.__file__).parents[1] / "recipes"
@@ -87,3 +88,17 @@ def test_both_14b_recipes_have_the_same_settings(key):
             value = getattr(value, part)
         values.append(value)
     assert values[0] == values[1]
+
+
+def test_the_variants_of_reasoning_are_larger_and_without_faults():
+    large, clean = (
+        load_recipe("reasoning", [RECIPES / f"variants/reasoning_{name}.yaml"], []) for name in ("110m", "clean")
+    )
+    assert 100e6 < parameter_count(large) < 120e6
+    assert large.data == build("reasoning").data
+    given = {corpus.name: corpus.options for corpus in build("reasoning").data.corpora}
+    assert [corpus.name for corpus in clean.data.corpora] == list(given)
+    for corpus in clean.data.corpora:
+        faults = {name: value for name, value in given[corpus.name].items() if corpus.options.get(name) != value}
+        assert set(faults) == ({"error_rate", "direct"} if corpus.kind == "solutions" else set())
+    assert not any(clean.data.sft_options.values()) and clean.data.tasks == build("reasoning").data.tasks
