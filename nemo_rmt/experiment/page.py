@@ -76,6 +76,7 @@ def page(results: Results, name: str, metrics: list[MetricPart]) -> str:
         status="done" if done == asked else "unfinished",
         facts=facts,
         arms=arm_table(results),
+        overview=overview_table(results),
         metrics=metrics,
         notes=notes(results),
         direction=plots.direction,
@@ -84,7 +85,8 @@ def page(results: Results, name: str, metrics: list[MetricPart]) -> str:
 
 def markdown(results: Results, name: str, metrics: list[MetricPart]) -> str:
     """The same tables and sentences, for a README."""
-    blocks = [f"## {name}", results.experiment.about, _markdown_table(arm_table(results))]
+    blocks = [f"## {name}", results.experiment.about]
+    blocks += [_markdown_table(table) for table in (arm_table(results), overview_table(results))]
     for part in metrics:
         blocks += [
             f"### {part.metric.label}",
@@ -113,6 +115,22 @@ def arm_table(results: Results) -> Table:
             ]
         )
     return Table(["arm", "what it is", "seeds done", "tokens", "FLOPs", "FLOPs to control's"], rows, SOURCES)
+
+
+def overview_table(results: Results) -> Table:
+    """Every metric: the control's mean, and how far the other arms are from it."""
+    control, *arms = results.arms
+    rows = []
+    for metric in results.experiment.metrics:
+        own, *others = results.comparisons[metric.name]
+        rows.append(
+            [
+                f"{metric.label} ({'↑' if metric.higher_is_better else '↓'})",
+                "–" if own.mean is None else f"{own.mean:.3f}",
+                *map(_in_short, others),
+            ]
+        )
+    return Table(["metric (↑ more is better, ↓ less)", control, *(_arm(results, arm) for arm in arms)], rows, SOURCES)
 
 
 def metric_table(results: Results, comparisons: list[Comparison]) -> Table:
@@ -153,6 +171,16 @@ def _difference(comparison: Comparison) -> str:
     mean, low, high = comparison.interval
     interval = f" [{number(low, '+')}, {number(high, '+')}]" if math.isfinite(low) else ""
     return number(mean, "+") + interval
+
+
+def _in_short(comparison: Comparison) -> str:
+    """``+0.053 [+0.020, +0.081] better``; no word where nothing can be told."""
+    if comparison.interval is None:
+        return "–"
+    mean, low, high = comparison.interval
+    interval = f" [{low:+.3f}, {high:+.3f}]" if math.isfinite(low) else ""
+    verdict = f" {comparison.verdict}" if comparison.verdict in ("better", "worse") else ""
+    return f"{mean:+.3f}{interval}{verdict}"
 
 
 def _difference_cells(comparison: Comparison) -> list[str]:

@@ -20,7 +20,7 @@ import pytest
 from nemo_rmt.experiment.comparison import Results, steps_to_reach
 from nemo_rmt.experiment.config import Experiment
 from nemo_rmt.experiment.measured import Measured, curve_name
-from nemo_rmt.experiment.page import metric_table, sentence
+from nemo_rmt.experiment.page import metric_table, overview_table, sentence
 from nemo_rmt.experiment.results import write_results
 from nemo_rmt.objectives.statistics import paired_bootstrap
 
@@ -269,11 +269,24 @@ def test_a_metric_table_has_an_arm_per_row_the_control_first(whole):
     assert "steps to control's score" not in metric_table(results, results.comparisons[NLL]).header
 
 
+def test_the_overview_has_a_metric_per_row_and_says_where_an_arm_can_be_told_from_the_control(whole):
+    table = overview_table(Results(EXPERIMENT, [each for each in whole if each.arm != "longer"]))
+    low, high = comparison(Results(EXPERIMENT, whole), "remit").interval[1:]
+    assert table.header[1:] == ["uniform", "remit", "longer (FLOPs of remit)"]
+    assert table.rows == [
+        ["pass@1 <chains> (↑)", "0.464", f"+0.032 [{low:+.3f}, {high:+.3f}] better", "–"],
+        ["nats per token (↓)", "2.000", "-0.100 [-0.100, -0.100] better", "–"],
+    ]
+    one = overview_table(Results(EXPERIMENT, [each for each in whole if each.seed == 1]))
+    assert one.rows[0][2:] == ["+0.020", "-0.010"]
+
+
 def test_the_markdown_has_the_same_tables(folder):
     lines = (folder / "results.md").read_text().splitlines()
     assert lines[0] == "## weighting" and f"`{NLL}`, less is better" in lines
     assert "| uniform | plain \\| next token | 5 of 5 | 2.00 M | 1e+12 | 1.00× |" in lines
     assert sum(line.startswith("| remit | 5 | ") for line in lines) == 2
+    assert any(line.startswith("| nats per token (↓) | 2.000 | -0.100") for line in lines)
     assert sum(line.startswith("- remit is better than uniform") for line in lines) == 2
 
 
