@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,9 +72,12 @@ def stretched(recipe: Recipe) -> StageRef:
 
 
 def with_steps(recipe: Recipe, steps: int) -> Recipe:
-    """The recipe with other steps of its ``stretched`` stage, in every iteration."""
+    """The recipe with other steps of its ``stretched`` stage, in every iteration, and as many checkpoints on the way: what
+    is kept of them (flywheel.keep_checkpoints) then spans the whole stage, for evaluate.along."""
     name = stretched(recipe).stage
-    return recipe.model_copy(update={name: getattr(recipe, name).model_copy(update={"steps": steps})})
+    stage = getattr(recipe, name)
+    interval = math.ceil(stage.checkpoint_interval * steps / stage.steps)
+    return recipe.model_copy(update={name: stage.model_copy(update={"steps": steps, "checkpoint_interval": interval})})
 
 
 def ancestors(stage: SharedStage) -> dict[str, SharedStage]:

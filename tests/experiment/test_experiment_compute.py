@@ -138,6 +138,9 @@ def test_an_arm_gets_the_steps_that_make_it_cost_as_much_and_one_less_would_not_
     assert len((last / "metrics.jsonl").read_text().splitlines()) == recipe.anneal.steps
     earlier = out / "equal" / "more" / "seed_1" / "iteration_000" / "anneal"
     assert len((earlier / "metrics.jsonl").read_text().splitlines()) == 300  # the last iteration's alone
+    control = recipe_of_run(out / "equal" / "uniform" / "seed_1").anneal
+    on_the_way = [-(-anneal.steps // anneal.checkpoint_interval) for anneal in (recipe.anneal, control)]
+    assert on_the_way[0] == on_the_way[1] > 1  # checkpoints, to be measured along it
     other = out / "equal" / "uniform" / "seed_1" / "iteration_000" / "anneal"
     assert earlier.resolve() == other.resolve()
 
