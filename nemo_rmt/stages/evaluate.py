@@ -239,9 +239,10 @@ def solution_loss(session: Session, model: ScoredModel, problems: list[Problem])
         return 0.0, 0
     examples = []
     for problem in solved[layout.data_rank :: layout.data_size]:
-        turns = ("user", problem.question), ("assistant", problem.solution)
-        tokens, mask = tokenizer.chat_example([{"role": role, "content": content} for role, content in turns])
-        examples.append((tokens[:limit], mask[:limit]))
+        prompt = tokenizer.chat_prompt([{"role": "user", "content": problem.question}])
+        response = [*tokenizer.encode(problem.solution), tokenizer.eod]
+        mask = [0] * len(prompt) + [1] * len(response)
+        examples.append(([*prompt, *response][:limit], mask[:limit]))
     size = session.recipe.evaluate.micro_batch_size
     rows = session.whole_rows(-(-len(solved) // layout.data_size), size)
     examples += [([tokenizer.pad] * 2, [0, 0])] * (rows - len(examples))
