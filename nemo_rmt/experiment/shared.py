@@ -72,8 +72,8 @@ def stretched(recipe: Recipe) -> StageRef:
 
 
 def with_steps(recipe: Recipe, steps: int) -> Recipe:
-    """The recipe with other steps of its ``stretched`` stage, in every iteration, and as many checkpoints on the way: what
-    is kept of them (flywheel.keep_checkpoints) then spans the whole stage, for evaluate.along."""
+    """The recipe with other steps of its ``stretched`` stage, in every iteration, and as many checkpoints on the way:
+    what is kept of them (flywheel.keep_checkpoints) then spans the whole stage, for evaluate.along."""
     name = stretched(recipe).stage
     stage = getattr(recipe, name)
     interval = math.ceil(stage.checkpoint_interval * steps / stage.steps)
