@@ -19,6 +19,10 @@ from nemo_rmt.data.seeds import generator, problem_is_held_out
 OPERATIONS = ("+1", "+2", "+3", "-1", "-2", "-3", "*2", "*3")
 """Few enough for a small model to learn the table of results within a million tokens."""
 
+ANNOUNCED_WITHIN = 3
+"""How far, at most, the length announced before a thought is from the one it has. Announced exactly, a thought would only
+ever have a few lengths, and a budget between them would be a number the model has never read."""
+
 PIECE = re.compile(r"\d|[-+*=#]|[a-z]+|\s|[^\w\s]")
 """Words, signs and line ends of a program."""
 
@@ -129,8 +133,8 @@ def thoughtful(
 
     The thought is the working of the operations read so far; with probability ``lazy`` it stops after a random step
     (half of those) or is empty (the other half). ``instruction`` stands before it, with ``{budget}`` replaced by its
-    length: characters, which are tokens where digits and operators are tokens of their own, as in the tokenizers
-    trained here.
+    length to within ANNOUNCED_WITHIN: characters, which are tokens where digits and operators are tokens of their own,
+    as in the tokenizers trained here.
     """
     before, after = program(question), f"{values[-1]}\n"
     if rng.random() < anywhere:
@@ -142,4 +146,5 @@ def thoughtful(
     scratch = working(question[: 1 + 2 * steps], values[: 1 + steps])
     if rng.random() < lazy:
         scratch = scratch[: 1 + 4 * rng.randrange(max(1, steps))] if rng.random() < 0.5 else ""
-    return f"{before}{instruction.replace('{budget}', str(len(scratch)))}<think>{scratch}</think>{after}"
+    announced = max(0, len(scratch) + rng.randint(-ANNOUNCED_WITHIN, ANNOUNCED_WITHIN)) if instruction else 0
+    return f"{before}{instruction.replace('{budget}', str(announced))}<think>{scratch}</think>{after}"

@@ -47,7 +47,7 @@ class ChainCorpusOptions(Section):
     lazy: float = Field(0.6, ge=0, le=1)
     """Probability that a think document stops thinking early."""
     instruction: str = ""
-    """What stands before <think>; {budget} is the length of the thought that follows, in characters."""
+    """What stands before <think>; {budget} is about the length of the thought that follows, in characters."""
     heading: str = ""
     """What a think document begins with: it announces the thought, so that none is expected in plain programs."""
     anywhere: float = Field(0.0, ge=0, le=1)
