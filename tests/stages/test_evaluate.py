@@ -13,16 +13,9 @@ from nemo_rmt.errors import UserError
 from nemo_rmt.megatron.datasets import held_out_rows
 from nemo_rmt.megatron.runtime import distributed
 from nemo_rmt.rollout.engine import Rollout
-from nemo_rmt.stages import evaluate
-from nemo_rmt.stages.evaluate import (
-    Attempts,
-    attempts,
-    evaluate_tasks,
-    evaluate_text,
-    measured_checkpoints,
-    solution_loss,
-    whole_batches,
-)
+from nemo_rmt.stages import held_out_tasks
+from nemo_rmt.stages.evaluate import evaluate_text, measured_checkpoints, whole_batches
+from nemo_rmt.stages.held_out_tasks import Attempts, attempts, evaluate_tasks, solution_loss
 from nemo_rmt.stages.job import StageJob
 from nemo_rmt.stages.session import Session
 
@@ -116,7 +109,7 @@ class HalfRight:
 def test_task_figures_are_shares_of_problems_solved(session, model, monkeypatch):
     task = session.tasks[0]
     session.problems = [task.problem("held_out", 1, index) for index in range(8)]
-    monkeypatch.setattr(evaluate, "InProcessEngine", lambda modules, size: HalfRight(session))
+    monkeypatch.setattr(held_out_tasks, "InProcessEngine", lambda modules, size: HalfRight(session))
     found = attempts(session, model, task, session.problems)
     figures, tokens = found.figures(2), found.tokens
     assert figures["pass@1"] == 0.25 and figures["pass@2"] == 0.5 and figures["greedy"] == 0.5
@@ -137,7 +130,7 @@ def test_several_tasks_have_figures_of_their_problems_together_too(session, mode
         Attempts([[right, wrong], [wrong, wrong]], [[right], [wrong]], solution_nats=1.0, solution_tokens=10),  # second
         Attempts([[right, wrong]], [[right]]),
     ]
-    monkeypatch.setattr(evaluate, "attempts", lambda *_: found.pop(0))
+    monkeypatch.setattr(held_out_tasks, "attempts", lambda *_: found.pop(0))
     metrics, tokens = evaluate_tasks(session, model)
     names = ("chains", "chains_longer", "second", "second_longer", "all", "all_longer")
     assert [metrics[f"tasks/{name}/pass@1"] for name in names] == [1.0, 0.0, 0.25, 0.5, 0.625, 0.25]

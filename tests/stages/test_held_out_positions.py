@@ -10,9 +10,9 @@ from nemo_rmt.data.difficulty import askable
 from nemo_rmt.megatron.runtime import distributed
 from nemo_rmt.megatron.train_step import ScoredModel
 from nemo_rmt.rollout.engine import Rollout
-from nemo_rmt.stages import held_out
+from nemo_rmt.stages import held_out_positions
 from nemo_rmt.stages.difficulty import reasoned_corpora, score_corpora, score_corpus, tiers_of
-from nemo_rmt.stages.held_out import HeldOutPositions
+from nemo_rmt.stages.held_out_positions import HeldOutPositions
 from nemo_rmt.stages.job import StageJob
 from nemo_rmt.stages.session import Session
 
@@ -94,7 +94,7 @@ class HalfRight:
 
 
 def test_the_figures_of_a_tier_are_those_of_its_answers(session, model, monkeypatch):
-    monkeypatch.setattr(held_out, "InProcessEngine", HalfRight)
+    monkeypatch.setattr(held_out_positions, "InProcessEngine", HalfRight)
     positions = HeldOutPositions(session, model)
     metrics, tokens = positions.measure(model)
     final_budget = 4
