@@ -87,14 +87,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parsers, "experiment", commands.experiment, "run, or continue, a grid of recipes and seeds, and compare them"
     )
     experiment.usage = (
-        "nemo-rmt experiment NAME [--seeds 1,2] [--arms a,b] [--jobs N] [--out FOLDER] [--dry-run] "
-        "[--yaml FILE]... [key=value]...\n"
+        "nemo-rmt experiment NAME [--seeds 1,2] [--arms a,b] [--control c] [--jobs N] [--out FOLDER] "
+        "[--dry-run] [--yaml FILE]... [key=value]...\n"
         "       NAME: an experiment, or a file of one; without it the experiments are listed.\n"
         "       FILE, key=value: for every arm, after what its own settings say.\n"
         "       Start it on several machines with one --out, and they share the work."
     )
     experiment.add_argument("--seeds", type=_numbers, default=None, metavar="N,N", help="instead of the experiment's")
     experiment.add_argument("--arms", type=_words, default=None, metavar="ARM,ARM", help="these and the control alone")
+    experiment.add_argument("--control", default=None, metavar="ARM", help="compare with it instead")
     experiment.add_argument("--jobs", type=int, default=1, metavar="N", help="stages at once on this machine (1)")
     experiment.add_argument(
         "--out", type=Path, default=Path("runs/experiments"), metavar="FOLDER", help="of all results"

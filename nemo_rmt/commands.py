@@ -112,7 +112,13 @@ def experiment(args: argparse.Namespace) -> int:
     overrides = [word for path in args.yaml for word in as_words(read_yaml(path))]
     overrides += [item for item in args.items if "=" in item]
     options = ExperimentOptions(
-        overrides=overrides, seeds=args.seeds, arms=args.arms, jobs=args.jobs, out=args.out, dry_run=args.dry_run
+        overrides=overrides,
+        seeds=args.seeds,
+        arms=args.arms,
+        control=args.control,
+        jobs=args.jobs,
+        out=args.out,
+        dry_run=args.dry_run,
     )
     return run_experiment(names[0], options)
 

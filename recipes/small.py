@@ -8,8 +8,8 @@ from nemo_rmt.config import Recipe
 
 
 def small() -> Recipe:
-    """What benchmarks/rmt_evidence.py runs with several seeds, and against RMT's baselines."""
+    """What the experiment rmt_vs_baselines begins with."""
     recipe = tiny()
     recipe.name, recipe.run_dir, recipe.iterations = "small", "runs/small", 1
-    recipe.evaluate.positions, recipe.evaluate.problems = 300, 50
+    recipe.evaluate.positions = 300
     return recipe

@@ -20,8 +20,8 @@ OPERATIONS = ("+1", "+2", "+3", "-1", "-2", "-3", "*2", "*3")
 """Few enough for a small model to learn the table of results within a million tokens."""
 
 ANNOUNCED_WITHIN = 3
-"""How far, at most, the length announced before a thought is from the one it has. Announced exactly, a thought would only
-ever have a few lengths, and a budget between them would be a number the model has never read."""
+"""How far, at most, the length announced before a thought is from the one it has. Announced exactly, a thought would
+only ever have a few lengths, and a budget between them would be a number the model has never read."""
 
 PIECE = re.compile(r"\d|[-+*=#]|[a-z]+|\s|[^\w\s]")
 """Words, signs and line ends of a program."""

@@ -91,20 +91,27 @@ class Experiment(Section):
                 raise ValueError(f"arms.{name}.equal_flops leads back to itself: {' -> '.join([*passed, other])}")
             passed.append(other)
 
-    def chosen(self, seeds: list[int] | None, arms: list[str] | None) -> Experiment:
-        """The same with other seeds, or with these arms, the control, and those whose FLOPs they are to cost alone.
+    def chosen(
+        self, seeds: list[int] | None = None, arms: list[str] | None = None, control: str | None = None
+    ) -> Experiment:
+        """The same with other seeds, another control, or with these arms, the control, and those whose FLOPs they are
+        to cost alone.
 
         Raises UserError for an arm that is not there and for a seed that is there twice.
         """
-        wanted = [self.control, *(self.arms if arms is None else arms)]
+        control = self.control if control is None else control
+        for option, names in {"--control": [control], "--arms": arms or []}.items():
+            for name in names:
+                if name not in self.arms:
+                    raise UserError(f"{option}: {name!r} is none of the experiment's arms: {', '.join(self.arms)}")
+        wanted = [control, *(self.arms if arms is None else arms)]
         for name in wanted:
-            if name not in self.arms:
-                raise UserError(f"--arms: {name!r} is none of the experiment's arms: {', '.join(self.arms)}")
             if (other := self.arms[name].equal_flops) is not None:
                 wanted.append(other)
         kept = {name: arm for name, arm in self.arms.items() if name in wanted}
         try:
-            return Experiment(**{**self.model_dump(), "arms": kept, "seeds": self.seeds if seeds is None else seeds})
+            changes = {"control": control, "arms": kept, "seeds": self.seeds if seeds is None else seeds}
+            return Experiment(**{**self.model_dump(), **changes})
         except ValidationError as error:
             raise UserError(f"--seeds: {_described(error)}") from None
 

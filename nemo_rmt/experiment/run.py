@@ -40,6 +40,8 @@ class ExperimentOptions:
     """Instead of the experiment's."""
     arms: list[str] | None = None
     """These, the control and those whose FLOPs they are to cost; None: all."""
+    control: str | None = None
+    """Instead of the experiment's."""
     jobs: int = 1
     """Stages side by side."""
     dry_run: bool = False
@@ -64,7 +66,7 @@ def run_experiment(name: str, options: ExperimentOptions, *, command: Command = 
     request and 128 plus the signal's number when interrupted. Raises UserError before anything is started.
     """
     name, experiment = load_experiment(name)
-    experiment = experiment.chosen(options.seeds, options.arms)
+    experiment = experiment.chosen(options.seeds, options.arms, options.control)
     if options.jobs < 1:
         raise UserError(f"--jobs={options.jobs} must be at least 1")
     folder = options.out.resolve() / name

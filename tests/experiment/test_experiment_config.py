@@ -78,6 +78,7 @@ def test_what_cannot_be_is_one_error_before_anything_starts(tmp_path, changes, m
     ("options", "message"),
     [
         ({"arms": ["remit", "rho1"]}, "--arms: 'rho1' is none of the experiment's arms"),
+        ({"control": "rho1"}, "--control: 'rho1' is none of the experiment's arms"),
         ({"seeds": [3, 3]}, "--seeds: seeds has 3 twice"),
         ({"jobs": 0}, "--jobs=0 must be at least 1"),
         ({"overrides": ["seed=3"]}, "seed=3: an experiment's seed comes from seeds"),
@@ -125,7 +126,15 @@ def test_arms_that_are_to_cost_as_much_as_another_bring_that_one_along(tmp_path)
     _, experiment = load_experiment(str(write_experiment(tmp_path / "e.yaml", arms=arms)))
     assert list(experiment.chosen([4], ["longer"]).arms) == ["uniform", "remit", "longer"]
     assert experiment.chosen([4], ["longer"]).seeds == [4]
-    assert experiment.chosen(None, None) == experiment
+    assert experiment.chosen() == experiment
+
+
+def test_another_arm_may_be_the_control(tmp_path):
+    _, experiment = load_experiment(str(write_experiment(tmp_path / "e.yaml")))
+    assert experiment.control == "uniform"
+    chosen = experiment.chosen(control="remit")
+    assert chosen == experiment.model_copy(update={"control": "remit"})
+    assert list(experiment.chosen(arms=[], control="remit").arms) == ["remit"]
 
 
 @pytest.mark.parametrize("path", sorted(experiments_folder().glob("*.yaml")), ids=lambda path: path.stem)
