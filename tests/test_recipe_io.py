@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from nemo_rmt.config import CachedReference, Recipe
 from nemo_rmt.errors import UserError
-from nemo_rmt.recipe_io import known_keys, load_recipe, recipe_differences, resolved_yaml
+from nemo_rmt.recipe_changes import known_keys
+from nemo_rmt.recipe_io import load_recipe, recipe_differences, resolved_yaml
 
 TINY = load_recipe("tiny", [], [])
 
