@@ -87,7 +87,7 @@ def test_rmt_follows_its_budget_and_its_sampler_agrees_with_its_trainer(iteratio
     budgets = [step["rmt/budget"] for step in steps]
     assert budgets == sorted(budgets, reverse=True) and budgets[0] > budgets[-1]
     last = steps[-len(steps) // 10 :]
-    # one small run on whatever machine: near the budget; the evidence recipe measures how near, over seeds
+    # one small run on whatever machine: near the budget; the experiment rmt_vs_baselines measures how near, over seeds
     assert sum(step["rmt/think_length"] for step in last) / len(last) == pytest.approx(budgets[-1], rel=0.4)
     assert max(step["rollout/logprob_error_max"] for step in steps) < 1e-4
 
@@ -99,7 +99,7 @@ def test_rmt_is_measured_on_the_same_positions_before_and_after(summary, iterati
         models = ("anneal", "rmt", "sft")
         counts = {figures[f"{model}/tokens/{tier}/positions"] for model in models}
         assert counts == {figures[f"tokens/{tier}/positions"]} and min(counts) > 0
-    # over all tiers: the hard one by itself does not rise with every seed (see benchmarks/rmt_evidence.py)
+    # over all tiers: the hard one by itself does not rise with every seed (see the experiment rmt_vs_baselines)
     before, after = (sum(figures[f"{model}/tokens/{tier}/ntr"] for tier in tiers) for model in ("anneal", "rmt"))
     assert after > before
     (finding,) = (f for f in summary["findings"] if f["topic"] == "RMT" and f["iteration"] == iteration)
