@@ -15,6 +15,7 @@ from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 
 from nemo_rmt.config import Recipe, Section
 from nemo_rmt.errors import UserError
+from nemo_rmt.recipe_changes import merge
 from nemo_rmt.recipe_io import load_recipe, read_yaml
 
 STAGES = "stages"
@@ -29,7 +30,8 @@ class Arm(Section):
     about: str
     """What it is, for people."""
     settings: dict[str, Any] = {}
-    """What differs from the experiment's recipe and settings: a partial recipe, or its file, relative to this one."""
+    """What differs from the experiment's recipe and settings: a partial recipe, its file, relative to this one, or a
+    list of these, of which the later ones win."""
     equal_flops: str | None = None
     """Another arm. The last iteration's anneal gets as many steps, no fewer than its recipe has, as make the whole
     chain cost what that arm's cost with the same seed; with rmt.objective=ntp the last iteration's rmt gets them."""
@@ -56,7 +58,7 @@ class Experiment(Section):
     recipe: str
     """Name of the recipe that all arms begin with."""
     settings: dict[str, Any] = {}
-    """What every arm changes in it: a partial recipe, or its file, relative to this one."""
+    """What every arm changes in it, in the same forms."""
     seeds: list[NonNegativeInt] = Field(min_length=1)
     """Every arm runs once with each."""
     control: str
@@ -136,12 +138,26 @@ def load_experiment(name: str) -> tuple[str, Experiment]:
         raise UserError(f"{path}: an experiment cannot be called {STAGES!r}, that folder is for what experiments share")
     arms = values.get("arms")
     for each in [values, *(arms.values() if isinstance(arms, dict) else [])]:
-        if isinstance(each, dict) and isinstance(each.get("settings"), str):
-            each["settings"] = read_yaml(path.parent / each["settings"])
+        if isinstance(each, dict) and isinstance(each.get("settings"), str | list):
+            each["settings"] = _partial_recipe(each["settings"], path)
     try:
         return path.stem, Experiment.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{path}: {_described(error)}") from None
+
+
+def _partial_recipe(given: Any, path: Path) -> dict[str, Any]:
+    """Settings of the experiment at ``path``: a mapping, a file's, or those of a list, of which the later ones win."""
+    if isinstance(given, str):
+        return read_yaml(path.parent / given)
+    if isinstance(given, dict):
+        return given
+    if not isinstance(given, list):
+        raise UserError(f"{path}: settings has {given!r}: expected a mapping of keys, or its file")
+    merged: dict[str, Any] = {}
+    for each in given:
+        merge(merged, _partial_recipe(each, path), Recipe, ())
+    return merged
 
 
 def arm_recipe(experiment: Experiment, arm: str, seed: int, overrides: list[str], run_dir: Path) -> Recipe:

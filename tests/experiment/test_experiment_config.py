@@ -153,6 +153,16 @@ def test_settings_may_be_a_file_beside_the_experiments(tmp_path):
     path = write_experiment(tmp_path / "warm.yaml", arms=arms)
     _, experiment = load_experiment(str(path))
     assert arm_recipe(experiment, "uniform", 1, [], tmp_path).anneal.optim.lr == 3e-4
+    arms["uniform"]["settings"] = ["parts/warm.yaml", {"anneal": {"steps": 7}}, {"anneal": {"optim": {"beta2": 0.9}}}]
+    _, experiment = load_experiment(str(write_experiment(path, arms=arms)))
+    changed = arm_recipe(experiment, "uniform", 1, [], tmp_path).anneal
+    assert (changed.steps, changed.optim.lr, changed.optim.beta2) == (7, 3e-4, 0.9)
+    for wrong, message in {5: "settings has 5: expected a mapping", "parts": "cannot read .*parts"}.items():
+        arms["uniform"]["settings"] = [wrong]
+        with pytest.raises(UserError, match=message):
+            load_experiment(str(write_experiment(path, arms=arms)))
+    arms["uniform"]["settings"] = "parts/warm.yaml"
+    write_experiment(path, arms=arms)
     (tmp_path / "parts" / "warm.yaml").unlink()
     with pytest.raises(UserError, match="cannot read .*parts/warm.yaml"):
         load_experiment(str(path))
