@@ -14,7 +14,9 @@ command, option, path = sys.argv[1:]
 assert (command, option) == ("run", "--config")
 configuration = yaml.safe_load(Path(path).read_text())
 results = Path(configuration["output_path"])
-(results.parent / "seen.json").write_text(json.dumps({"pid": os.getpid(), "environment": dict(os.environ)}))
+written = results.parent / "seen.json.part"
+written.write_text(json.dumps({"pid": os.getpid(), "environment": dict(os.environ)}))
+written.replace(results.parent / "seen.json")  # whole as soon as it is there: tests wait for it
 print("lm-eval is here", flush=True)
 if os.environ["FAKE"] == "hang":
     time.sleep(600)

@@ -89,8 +89,10 @@ def test_a_failure_shows_the_end_of_its_log(session, stand_in):
 
 def test_it_is_ended_when_the_stage_is_interrupted(session, stand_in, monkeypatch):
     stand_in("hang")
+    sleep = time.sleep
 
     def interrupt(seconds: float) -> None:
+        sleep(0.1)
         if (session.folder / "lm_eval" / "seen.json").exists():
             raise KeyboardInterrupt
 
