@@ -33,8 +33,13 @@ YamlLoader.add_implicit_resolver(
 )
 
 
-def merge(target: dict[str, Any], changes: dict[str, Any], kind: type[Section], path: tuple[str, ...]) -> None:
-    """Write ``changes`` of a section of type ``kind`` at ``path`` into ``target``, refusing unknown keys."""
+def merge(
+    target: dict[str, Any], changes: dict[str, Any], kind: type[Section] = Recipe, path: tuple[str, ...] = ()
+) -> None:
+    """Write ``changes`` of a recipe, or of its section of type ``kind`` at ``path``, into ``target``.
+
+    Raises UserError for unknown keys, and for what is no mapping where a section belongs.
+    """
     for name, value in changes.items():
         key = (*path, str(name))
         if name not in kind.model_fields:

@@ -33,7 +33,7 @@ def load_recipe(name: str | None, yaml_files: list[Path], overrides: list[str]) 
 
         values = recipes.build(name).model_dump()
     for path in yaml_files:
-        merge(values, read_yaml(path), Recipe, ())
+        merge(values, read_yaml(path))
     for text in overrides:
         override(values, text)
     return validate(Recipe, values)

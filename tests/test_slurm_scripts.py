@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from slurm_stand_ins import SLURM, Site
+from fake_slurm import SLURM, Site
 
 SCRIPTS = sorted(SLURM.glob("*.sh"))
 BATCH = [path for path in SCRIPTS if path.name not in ("launch.sh", "flywheel_14b.sh", "experiment.sh")]

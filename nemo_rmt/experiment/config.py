@@ -156,7 +156,11 @@ def _partial_recipe(given: Any, path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: settings has {given!r}: expected a mapping of keys, or its file")
     merged: dict[str, Any] = {}
     for each in given:
-        merge(merged, _partial_recipe(each, path), Recipe, ())
+        part = _partial_recipe(each, path)
+        try:
+            merge(merged, part)
+        except UserError as error:
+            raise UserError(f"{path}: settings: {error}") from None
     return merged
 
 

@@ -157,7 +157,11 @@ def test_settings_may_be_a_file_beside_the_experiments(tmp_path):
     _, experiment = load_experiment(str(write_experiment(path, arms=arms)))
     changed = arm_recipe(experiment, "uniform", 1, [], tmp_path).anneal
     assert (changed.steps, changed.optim.lr, changed.optim.beta2) == (7, 3e-4, 0.9)
-    for wrong, message in {5: "settings has 5: expected a mapping", "parts": "cannot read .*parts"}.items():
+    for wrong, message in [
+        (5, "warm.yaml: settings has 5: expected a mapping"),
+        ("parts", "cannot read .*parts"),
+        ({"anneal": {"stepps": 7}}, "warm.yaml: settings: unknown key 'anneal.stepps': did you mean 'anneal.steps'"),
+    ]:
         arms["uniform"]["settings"] = [wrong]
         with pytest.raises(UserError, match=message):
             load_experiment(str(write_experiment(path, arms=arms)))
