@@ -11,7 +11,7 @@ from rich.table import Table
 from nemo_rmt.chain import StageRef
 from nemo_rmt.config import Recipe
 from nemo_rmt.errors import UserError
-from nemo_rmt.flywheel import FlywheelRun
+from nemo_rmt.flywheel_run import FlywheelRun
 from nemo_rmt.manifest import METADATA
 from nemo_rmt.overview import wide_console
 from nemo_rmt.recipe_io import load_recipe

@@ -23,6 +23,7 @@ DRIVER = {
     "conversion",
     "experiment",
     "flywheel",
+    "flywheel_run",
     "launch",
     "lone_stage",
     "overview",

@@ -20,6 +20,7 @@ from nemo_rmt.adapters.executors import fit_slurm, resolve_executor
 from nemo_rmt.chain import PlannedStage, StageRef, plan_chain
 from nemo_rmt.config import Recipe
 from nemo_rmt.errors import UserError
+from nemo_rmt.flywheel_run import FlywheelRun
 from nemo_rmt.overview import print_chain, print_summary
 from nemo_rmt.run_folder import RunFolder
 
@@ -109,7 +110,7 @@ class Slurm:
         if shutil.which("sbatch") is None:
             raise UserError("sbatch is not on this machine's PATH: submit on a machine of the cluster")
         with work.run.lock() as lock:  # free again before the first job asks for it
-            flywheel.FlywheelRun(work.recipe, work.run, lock=lock).begin()
+            FlywheelRun(work.recipe, work.run, lock=lock).begin()
         with self._experiment(work) as experiment:
             _add_jobs(experiment, executor, work, planned)
             try:
@@ -199,7 +200,7 @@ def _add_jobs(experiment: run.Experiment, executor: run.SlurmExecutor, work: Wor
 
 def _pending(work: Work) -> list[PlannedStage]:
     """The stages that work needs and that are not done. Raises UserError when a single stage's inputs are not."""
-    asked = flywheel.FlywheelRun(work.recipe, work.run)
+    asked = FlywheelRun(work.recipe, work.run)
     if work.only is None:
         return [planned for planned in asked.chain.values() if not asked.is_done(planned.ref)]
     if asked.is_done(work.only):

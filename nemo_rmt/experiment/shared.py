@@ -125,7 +125,7 @@ def _left_for_others(recipe: Recipe, stage: str) -> Iterator[tuple[str, Any]]:
 
 
 def _identity(source: SharedStage | Path) -> str:
-    """A stage's digest, or that of an outside folder's manifest, as nemo_rmt.flywheel has it."""
+    """A stage's digest, or that of an outside folder's manifest, as nemo_rmt.flywheel_run has it."""
     if isinstance(source, SharedStage):
         return source.digest
     try:
